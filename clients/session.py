@@ -1,0 +1,147 @@
+"""What a client's process keeps between messages: base model, basis, tokenised data. One session serves every client of
+a simulation; on a real site there is one client to it."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedsb.adapters.attach import attach, initial_state, layout_of
+from fedsb.adapters.state import get_state, parameters_of, set_state
+from fedsb.adapters.tuner import set_basis
+from fedsb.basis.frames import Basis
+from fedsb.config import RunConfig
+from fedsb.data.batches import Encoded, encode
+from fedsb.data.examples import Example
+from fedsb.data.sites import client_data
+from fedsb.data.tasks import Split, label_names
+from fedsb.errors import BasisError
+from fedsb.models import device_of, load_model, load_tokenizer, locate
+from fedsb.serving.evaluator import Score, evaluate
+from fedsb.store.basis_files import load_basis, save_basis
+from fedsb.training.loop import Plan, train
+from fedsb.training.start import build_basis, can_rebuild
+
+ENCODED_CLIENTS = 64  # whose tokenised data is kept at one time
+
+
+@dataclass(frozen=True)
+class Site:
+    """One client: its name, its place in the partition, and the folder where it keeps what must outlive a process."""
+
+    name: str
+    index: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What local training brought: the state (size,) fp32, mean loss in nats, number of training examples, seconds."""
+
+    vector: Tensor
+    loss: float
+    examples: int
+    seconds: float
+
+
+class Session:
+    """The frozen model with its adapter, and what to do with it. Everything it computes depends on its arguments alone."""
+
+    def __init__(self, config: RunConfig) -> None:
+        if config.runtime.threads:
+            torch.set_num_threads(config.runtime.threads)
+        self.config = config
+        self.device = device_of(config.runtime.device)
+        source = locate(config.model.source)
+        labels = len(label_names(config.data.tasks[0])) if config.model.kind == "classification" else None
+        self.tokenizer = load_tokenizer(source)
+        self.model = attach(load_model(source, config.model, labels, self.device), config)
+        self.transformer = self.model.get_base_model()
+        self.parameters = parameters_of(self.model)
+        self.layout = layout_of(self.model)
+        self.basis = ""
+        self.rows = lru_cache(maxsize=ENCODED_CLIENTS)(self._rows)
+
+    def prepare(self, site: Site, wanted: str, sent: Basis | None = None) -> str:
+        """Get hold of a basis: the one sent, the one at hand, the one on disk, or one built anew. Returns its fingerprint."""
+        if sent is not None:
+            self.use(sent)
+            save_basis(site.folder, sent)
+        elif self.basis != wanted and not self._restore(site, wanted) and can_rebuild(self.config):
+            built = build_basis(self.config, self.model, self.tokenizer, self.device)
+            self.use(built)
+            save_basis(site.folder, built)
+        return self.basis
+
+    def require(self, site: Site, wanted: str) -> None:
+        """Have the basis that a state belongs to. Raises BasisError if it was never prepared here."""
+        if self.basis != wanted and not self._restore(site, wanted):
+            raise BasisError(f"{site.name} was never given basis {wanted[:12]}; the server must prepare it first")
+
+    def train(self, site: Site, vector: Tensor, plan: Plan) -> Trained:
+        """Train from a state on the client's own examples."""
+        started = time.monotonic()
+        rows = self.rows(site.index, "train")[1]
+        set_state(self.model, self.layout.unflatten(vector))
+        loss = train(
+            self.transformer,
+            self.parameters,
+            rows,
+            plan,
+            kind=self.config.model.kind,
+            pad_id=self.tokenizer.pad_token_id,
+            seed=self.config.seed,
+            client=site.name,
+        )
+        return Trained(self.layout.flatten(get_state(self.model)), loss, len(rows), time.monotonic() - started)
+
+    def score(self, site: Site, vector: Tensor) -> Score:
+        """Score a state on the client's own test set."""
+        examples, rows = self.rows(site.index, "test")
+        set_state(self.model, self.layout.unflatten(vector))
+        section = self.config.evaluation
+        return evaluate(
+            self.transformer,
+            examples,
+            rows,
+            kind=self.config.model.kind,
+            tokenizer=self.tokenizer,
+            device=self.device,
+            batch_size=section.batch_size,
+            max_new_tokens=section.max_new_tokens,
+        )
+
+    def base_vector(self) -> Tensor:
+        """The base model as a state."""
+        return self.layout.flatten(initial_state(self.layout, self.config.seed))
+
+    def task_of(self, site: Site) -> str:
+        """The tasks of a client's test set, for tables."""
+        return "+".join(sorted({example.task for example in self.rows(site.index, "test")[0]}))
+
+    def _rows(self, index: int, split: Split) -> tuple[Sequence[Example], Sequence[Encoded]]:
+        examples = client_data(self.config, index, split)
+        data = self.config.data
+        return examples, encode(examples, self.tokenizer, data.max_length, data.system_prompt, self.config.model.kind)
+
+    def use(self, basis: Basis) -> None:
+        """Put a basis in place; cores are zero until a state is loaded."""
+        set_basis(self.model, basis)
+        self.basis = basis.fingerprint
+
+    def _restore(self, site: Site, wanted: str) -> bool:
+        """Take a basis that was prepared before from the site's disk, if it is there."""
+        if not (site.folder / "basis" / f"{wanted}.safetensors").exists():
+            return False
+        self.use(load_basis(site.folder, wanted))
+        return True
+
+
+@lru_cache(maxsize=1)
+def open_session(run: str) -> Session:
+    """The session of a run's JSON; the last one stays open in this process."""
+    return Session(RunConfig.from_json(run))

@@ -1,0 +1,205 @@
+"""LoRA-SB: a trained r x r core between two frozen orthonormal frames.
+
+    y = W0·x + B·R·A·x          x (…, in), A (r, in), R (r, r), B (out, r), y (…, out)
+
+Ponkshe et al., "Initialization using Update Approximation is a Silver Bullet for Extremely Efficient Low-Rank
+Fine-Tuning", arXiv 2411.19557, equations 1 to 3; Fed-SB, arXiv 2502.15436, section 3, for the federated use: since B and A
+are the same for everybody, the mean of the B·R·A is B·(mean of R)·A. There is no scaling factor: with orthonormal frames
+the update does not depend on one (theorem 5).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedsb.adapters.peft_type import FEDSB
+
+BASE = "__base__"  # PEFT's name, in adapter_names, for a row without an adapter
+
+
+@dataclass
+class LoraSbConfig(PeftConfig):
+    """Configuration for `get_peft_model(model, LoraSbConfig(r=64))`.
+
+    Attributes:
+        r: rank; a core has r x r numbers.
+        target_modules: names or suffixes of linear layers, a regular expression, or "all-linear".
+        exclude_modules: names or a regular expression of layers to leave out.
+        modules_to_save: modules trained and saved whole, such as a classification head.
+        basis: "random" (orthonormal from `seed`), "weights" (leading singular vectors of W0), or "later" (zero frames
+            that `set_basis` replaces).
+        seed: seed of the basis.
+        basis_dtype: "fp32" or "bf16", the dtype to which B and A are rounded.
+        basis_fingerprint: SHA-256 of B and A; filled in, and checked when an adapter is loaded.
+        save_basis: whether `save_pretrained` writes B and A too. Without them loading builds the basis anew from
+            `basis` and `seed` and refuses one of another fingerprint.
+    """
+
+    method: str = "lora-sb"
+    r: int = 64
+    target_modules: list[str] | str | None = "all-linear"
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    basis: Literal["random", "weights", "later"] = "random"
+    seed: int = 0
+    basis_dtype: Literal["fp32", "bf16"] = "fp32"
+    basis_fingerprint: str | None = None
+    save_basis: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = FEDSB
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list | tuple):
+                setattr(self, name, set(getattr(self, name)))
+
+
+class Frames(nn.Module):
+    """B (out, r) and A (r, in) of one layer; the same object serves every adapter on that basis, so it is held once.
+
+    Not persistent: `LoraSbModel` says when B and A go into a file.
+    """
+
+    B: Tensor
+    A: Tensor
+
+    def __init__(self, b: Tensor, a: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("B", b, persistent=False)
+        self.register_buffer("A", a, persistent=False)
+
+    def equals(self, b: Tensor, a: Tensor) -> bool:
+        """Whether these are the same frames, bit for bit."""
+        return torch.equal(self.B, b.to(self.B)) and torch.equal(self.A, a.to(self.A))
+
+
+class LoraSbLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """One adapted linear layer. Cores are `nn.Linear(r, r, bias=False)`, since Opacus sees only modules."""
+
+    adapter_layer_names = ("fedsb_core",)
+    other_param_names = ("fedsb_basis",)
+
+    def __init__(self, base_layer: nn.Linear, adapter_name: str, r: int) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.fedsb_core = nn.ModuleDict()
+        self.fedsb_basis = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self.update_layer(adapter_name, r)
+
+    def update_layer(self, adapter_name: str, r: int) -> None:
+        """Add an adapter: a zero core, and zero frames until `set_frames`."""
+        weight = self.base_layer.weight
+        core = nn.Linear(r, r, bias=False, dtype=torch.float32)
+        nn.init.zeros_(core.weight)
+        self.fedsb_core[adapter_name] = core
+        empty = {"dtype": torch.float32, "device": weight.device}
+        self.fedsb_basis[adapter_name] = Frames(
+            torch.zeros(self.out_features, r, **empty), torch.zeros(r, self.in_features, **empty)
+        )
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        core.to(torch.float32)
+        self.set_adapter(self.active_adapters)
+
+    def set_frames(self, adapter_name: str, b: Tensor, a: Tensor) -> None:
+        """Give an adapter its B (out, r) and A (r, in); shared with any adapter that already has the same.
+
+        They are held in the base weight's dtype if that is wider than theirs, which loses nothing and saves a cast.
+        """
+        weight = self.base_layer.weight
+        dtype = torch.promote_types(b.dtype, weight.dtype) if weight.dtype.is_floating_point else b.dtype
+        b, a = (t.to(weight.device, dtype) for t in (b, a))
+        others = (frames for name, frames in self.fedsb_basis.items() if name != adapter_name)
+        same = (f for f in others if isinstance(f, Frames) and f.B.dtype == dtype and f.B.shape == b.shape and f.equals(b, a))
+        self.fedsb_basis[adapter_name] = next(same, None) or Frames(b, a)
+
+    def frames(self, adapter_name: str) -> Frames:
+        """The frames of one adapter."""
+        frames = self.fedsb_basis[adapter_name]
+        assert isinstance(frames, Frames)
+        return frames
+
+    def core(self, adapter_name: str) -> nn.Linear:
+        """The core of one adapter."""
+        core = self.fedsb_core[adapter_name]
+        assert isinstance(core, nn.Linear)
+        return core
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """B·R·A (out, in) in fp32."""
+        frames = self.frames(adapter)
+        return frames.B.float() @ (self.core(adapter).weight.float() @ frames.A.float())
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add B·R·A to the base weight. Raises ValueError, and changes nothing, if `safe_merge` finds NaN or infinity."""
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.fedsb_core:
+                continue
+            weight = self.get_base_layer().weight
+            merged = (weight.data.float() + self.get_delta_weight(name)).to(weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            weight.data = merged
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take the merged deltas off again; exact up to rounding in the base weight's dtype."""
+        while self.merged_adapters:
+            weight = self.get_base_layer().weight
+            weight.data = (weight.data.float() - self.get_delta_weight(self.merged_adapters.pop())).to(weight.dtype)
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        """x (…, in) → (…, out); with `adapter_names`, row i of a batch goes through adapter_names[i]."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            if adapter_names is not None and self.merged:
+                raise ValueError("adapter_names cannot be combined with merged adapters; call unmerge_adapter() first")
+            return y
+        if adapter_names is not None:
+            return self._add_mixed(x, y, adapter_names)
+        for name in self.active_adapters:
+            if name in self.fedsb_core:
+                y = self._add(x, y, self.frames(name), self.core(name))
+        return y
+
+    @staticmethod
+    def _add(x: Tensor, y: Tensor, frames: Frames, core: nn.Module) -> Tensor:
+        dtype = torch.promote_types(x.dtype, frames.A.dtype)
+        h = functional.linear(x.to(dtype), frames.A.to(dtype))  # (…, r)
+        h = core(h.to(torch.float32)).to(dtype)  # the core is the fp32 master, whatever the model computes in
+        if dtype != y.dtype:
+            return y + functional.linear(h, frames.B.to(dtype)).to(y.dtype)
+        flat = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), frames.B.to(dtype).T)  # y + B·R·A·x in one pass
+        return flat.view(y.shape)
+
+    def _add_mixed(self, x: Tensor, y: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        """One batch, a core per row: rows that share a basis go through it together."""
+        rows_of: dict[int, list[int]] = {}
+        for row, name in enumerate(adapter_names):
+            if name != BASE and name in self.fedsb_core:
+                rows_of.setdefault(id(self.frames(name)), []).append(row)
+        y = y.clone()
+        for rows in rows_of.values():
+            frames = self.frames(adapter_names[rows[0]])
+            index = torch.tensor(rows, device=x.device)
+            cores = torch.stack([self.core(adapter_names[row]).weight for row in rows])  # (n, r, r)
+            dtype = torch.promote_types(x.dtype, frames.A.dtype)
+            h = functional.linear(x[index].to(dtype), frames.A.to(dtype))  # (n, …, r)
+            mixed = torch.bmm(h.to(cores.dtype).flatten(1, -2) if h.ndim > 2 else h.to(cores.dtype).unsqueeze(1), cores.mT)
+            y[index] += functional.linear(mixed.view(h.shape).to(dtype), frames.B.to(dtype)).to(y.dtype)
+        return y
+
+    def __repr__(self) -> str:
+        return "fedsb." + super().__repr__()

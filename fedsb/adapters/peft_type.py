@@ -1,0 +1,24 @@
+"""The one PEFT type of this project. Imported before anything that builds or loads one of its adapters.
+
+PEFT keeps its types in an enumeration that only it may extend, so the member is added by hand. An unmodified PEFT does
+not know the type and refuses our native files loudly, which is meant: it could not apply them.
+"""
+
+from peft.utils.peft_types import PeftType
+
+NAME = "FEDSB"
+
+
+def _extend_peft_types(name: str) -> PeftType:
+    if name in PeftType.__members__:
+        return PeftType(name)
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    return member
+
+
+FEDSB = _extend_peft_types(NAME)

@@ -1,0 +1,88 @@
+"""What a client trains and sends: named fp32 tensors in one canonical order, and the flat vector that travels."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from fedsb.adapters.lora_sb import LoraSbLinear
+from fedsb.errors import AdapterError
+
+State = dict[str, Tensor]
+CORE = ".core"
+HEAD = "head."
+
+
+def parameters_of(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
+    """Name → trained parameter, in the model's order: `<layer>.core` (r, r), and `head.<path>` for a trained head."""
+    found: dict[str, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        path = path.removeprefix("base_model.model.")
+        if isinstance(module, LoraSbLinear) and adapter in module.fedsb_core:
+            found[path + CORE] = module.core(adapter).weight  # type: ignore[assignment]
+        elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
+            for name, parameter in module.modules_to_save[adapter].named_parameters():
+                found[f"{HEAD}{path}.{name}"] = parameter
+    return found
+
+
+def get_state(model: nn.Module, adapter: str = "default") -> State:
+    """A copy of the trained tensors, fp32 on the CPU."""
+    return {
+        name: p.detach().to("cpu", torch.float32, copy=True).contiguous() for name, p in parameters_of(model, adapter).items()
+    }
+
+
+def set_state(model: nn.Module, state: Mapping[str, Tensor], adapter: str = "default") -> None:
+    """Put tensors in place. Raises AdapterError if names or shapes are not the model's, before anything is changed."""
+    parameters = parameters_of(model, adapter)
+    if parameters.keys() != state.keys():
+        odd = sorted(parameters.keys() ^ state.keys())[0]
+        raise AdapterError(f"{odd} is in only one of model and adapter; use an adapter that was trained on this model")
+    for name, parameter in parameters.items():
+        if parameter.shape != state[name].shape:
+            raise AdapterError(
+                f"{name} has shape {tuple(state[name].shape)} where the model has {tuple(parameter.shape)}; "
+                "use an adapter of the same rank and model"
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names and shapes of a state, in order; both sides of a federation hold the same one, proved by its fingerprint."""
+
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor]) -> "Layout":
+        """The layout of a state."""
+        return cls(tuple((name, tuple(t.shape)) for name, t in state.items()))
+
+    @property
+    def size(self) -> int:
+        """How many numbers a state has."""
+        return sum(math.prod(shape) for _, shape in self.shapes)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over names and shapes."""
+        return hashlib.sha256(json.dumps(self.shapes).encode()).hexdigest()
+
+    def flatten(self, state: Mapping[str, Tensor]) -> Tensor:
+        """A state → one fp32 vector (size,)."""
+        return torch.cat([state[name].reshape(-1) for name, _ in self.shapes])
+
+    def unflatten(self, flat: Tensor) -> State:
+        """One vector (size,) → a state of views into it. Raises AdapterError on another size."""
+        if flat.ndim != 1 or flat.numel() != self.size:
+            raise AdapterError(f"a state of {self.size} numbers was expected and {tuple(flat.shape)} came; update both sides")
+        parts = flat.split([math.prod(shape) for _, shape in self.shapes])
+        return {name: part.view(shape) for (name, shape), part in zip(self.shapes, parts, strict=True)}

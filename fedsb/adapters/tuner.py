@@ -1,0 +1,187 @@
+"""The one tuner of this project: it makes `get_peft_model`, `save_pretrained`, `from_pretrained` and `adapter_names=` work."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.peft_types import register_peft_method
+from torch import Tensor, nn
+
+from fedsb.adapters.lora_sb import BASE, LoraSbConfig, LoraSbLinear
+from fedsb.basis.frames import DTYPES, Basis, fingerprint_of
+from fedsb.basis.spectral import check_rank, random_basis, weights_basis
+from fedsb.errors import AdapterError, BasisError
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LoraSbLinear]:
+    """Layer name (its path in the base model) → adapted layer, in the model's order."""
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraSbLinear)
+    }
+
+
+def set_basis(model: nn.Module, basis: Basis, adapter: str = "default") -> None:
+    """Give every adapted layer its frames, and its core R0.
+
+    Raises BasisError if the layers or shapes of `basis` are not those of the model.
+    """
+    layers = {name: layer for name, layer in adapted_layers(model).items() if adapter in layer.fedsb_core}
+    if layers.keys() != basis.B.keys():
+        odd = sorted(layers.keys() ^ basis.B.keys())[0]
+        raise BasisError(f"layer {odd} is in only one of model and basis; use the basis that was built for this model")
+    for name, layer in layers.items():
+        if basis.B[name].shape[0] != layer.out_features or basis.A[name].shape[1] != layer.in_features:
+            raise BasisError(f"layer {name}: the basis has another shape; use the basis that was built for this model")
+        layer.set_frames(adapter, basis.B[name], basis.A[name])
+        with torch.no_grad():
+            layer.core(adapter).weight.copy_(basis.R0[name])
+    for config in [c for c in [getattr(model, "peft_config", {}).get(adapter)] if c is not None]:
+        config.basis_fingerprint = basis.fingerprint
+
+
+def basis_of(model: nn.Module, adapter: str = "default") -> Basis:
+    """The basis of one adapter, in the dtype of its configuration; R0 is zero."""
+    config: LoraSbConfig = model.peft_config[adapter]  # type: ignore[union-attr,index,assignment]
+    dtype = DTYPES[config.basis_dtype]
+    layers = {name: layer for name, layer in adapted_layers(model).items() if adapter in layer.fedsb_core}
+    return Basis(
+        {name: layer.frames(adapter).B.to(dtype) for name, layer in layers.items()},
+        {name: layer.frames(adapter).A.to(dtype) for name, layer in layers.items()},
+        {name: torch.zeros(config.r, config.r) for name in layers},
+    )
+
+
+class LoraSbModel(BaseTuner):  # type: ignore[misc]
+    """A transformers model whose target layers are `LoraSbLinear`."""
+
+    prefix = "fedsb_"
+    tuner_layer_cls = LoraSbLinear
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  PEFT's name; target_modules defaults to all-linear
+
+    def _create_and_replace(
+        self,
+        peft_config: LoraSbConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        if isinstance(target, LoraSbLinear):
+            check_rank({current_key: (target.out_features, target.in_features)}, peft_config.r)
+            target.update_layer(adapter_name, peft_config.r)
+            return
+        if not isinstance(target, nn.Linear):
+            raise AdapterError(
+                f"layer {current_key} is a {type(target).__name__}, and LoRA-SB adapts torch.nn.Linear only; "
+                "leave it out of target_modules"
+            )
+        check_rank({current_key: (target.out_features, target.in_features)}, peft_config.r)
+        layer = LoraSbLinear(target, adapter_name, peft_config.r)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _post_injection_hook(self, model: nn.Module, config: LoraSbConfig, adapter_name: str) -> None:
+        """Build the basis that the configuration asks for. On loading, `_remap_adapter_state_dict_for_load` has the last word."""
+        loading = config.basis_fingerprint is not None
+        if config.basis == "later" or loading:
+            return
+        _build(model, config, adapter_name)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; a further adapter gets its basis here, since PEFT calls the hook only for the first."""
+        first = not hasattr(self.model, "peft_config")
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if not first:
+            self._post_injection_hook(model, self.peft_config[adapter_name], adapter_name)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names` to every adapted layer and trained head for the time of one forward pass or `generate`."""
+        names: Sequence[str] | None = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names works in evaluation mode only; call model.eval() first")
+        unknown = sorted(set(names) - set(self.peft_config) - {BASE})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        names = [name for name in names for _ in range(kwargs.get("num_beams") or 1)]
+        handles = [
+            module.register_forward_pre_hook(partial(_with_adapter_names, names), with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, LoraSbLinear | AuxiliaryTrainingWrapper)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: LoraSbConfig, adapter_name: str, state_dict: dict[str, Tensor], unwanted_adapter_names: list[str]
+    ) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if config.save_basis:
+            dtype = DTYPES[config.basis_dtype]
+            for name, module in model.named_modules():
+                if isinstance(module, LoraSbLinear) and adapter_name in module.fedsb_core:
+                    frames = module.frames(adapter_name)
+                    found[f"{name}.fedsb_B.{adapter_name}"] = frames.B.to(dtype)
+                    found[f"{name}.fedsb_A.{adapter_name}"] = frames.A.to(dtype)
+        return found
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: LoraSbConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Take B and A out of a file, or build them anew, and refuse those of another fingerprint."""
+        b = {key.removesuffix(".fedsb_B"): t for key, t in state_dict.items() if key.endswith(".fedsb_B")}
+        a = {key.removesuffix(".fedsb_A"): t for key, t in state_dict.items() if key.endswith(".fedsb_A")}
+        if b:
+            strip = "base_model.model."
+            b, a = ({k.removeprefix(strip): t for k, t in side.items()} for side in (b, a))
+            if config.basis_fingerprint is not None and fingerprint_of(b, a) != config.basis_fingerprint:
+                raise BasisError("the basis in this file is not the one its core was trained on; fetch the file again")
+            zero = {name: torch.zeros(config.r, config.r) for name in b}
+            set_basis(model, Basis(b, a, zero), adapter_name)
+        elif config.basis_fingerprint is not None and config.basis != "later":
+            _build(model, config, adapter_name)
+        rest = {key: t for key, t in state_dict.items() if not key.endswith((".fedsb_B", ".fedsb_A"))}
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
+        return remapped
+
+
+def _with_adapter_names(names: Sequence[str], module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return args, {**kwargs, "adapter_names": names}
+
+
+def _build(model: nn.Module, config: LoraSbConfig, adapter: str) -> None:
+    """Build the basis that `config` describes and hold it against the fingerprint, if there is one."""
+    layers = {name: layer for name, layer in adapted_layers(model).items() if adapter in layer.fedsb_core}
+    if config.basis == "random":
+        basis = random_basis({n: (layer.out_features, layer.in_features) for n, layer in layers.items()}, config.r, config.seed)
+    else:
+        basis = weights_basis({n: layer.get_base_layer() for n, layer in layers.items()}, config.r, config.seed)
+    basis = basis.to(DTYPES[config.basis_dtype])
+    if config.basis_fingerprint not in (None, basis.fingerprint):
+        raise BasisError(
+            f'the basis rebuilt here from basis = "{config.basis}" and seed = {config.seed} is not the one this core was '
+            "trained on; load an adapter that was saved with save_basis=True"
+        )
+    for name, layer in layers.items():
+        layer.set_frames(adapter, basis.B[name], basis.A[name])
+    config.basis_fingerprint = basis.fingerprint
+
+
+register_peft_method(name="fedsb", config_cls=LoraSbConfig, model_cls=LoraSbModel, prefix="fedsb_")

@@ -1,0 +1,83 @@
+"""`fedsb doctor`: what is fine on this machine, and what to do about the rest."""
+
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import torch
+import typer
+from packaging.version import Version
+
+from fedsb.errors import FedsbError
+from fedsb.models import SHORT_NAMES, device_of, dtype_of, locate
+from fedsb.report.units import human_bytes
+
+PACKAGES = {
+    "torch": "2.6", "transformers": "5.0", "peft": "0.21", "opacus": "1.6", "safetensors": "0.8", "flwr": "1.41",
+    "reasoning_gym": "0.1.25", "gguf": "0.10",
+}
+MEMORY_NEEDED = 4e9
+DISK_NEEDED = 2e9
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at; `remedy` is empty if it is fine."""
+
+    what: str
+    found: str
+    remedy: str = ""
+
+
+def doctor(
+    model: Annotated[str, typer.Option(help="the base model to look for")] = next(iter(SHORT_NAMES)),
+) -> None:
+    """Check Python, packages, accelerator, model, memory and disk; exit code 1 if something needs doing."""
+    findings = [*_python(), *_packages(), *_accelerator(), *_model(model), *_room()]
+    for finding in findings:
+        mark = "ok  " if not finding.remedy else "MEND"
+        print(f"{mark} {finding.what:<14} {finding.found}" + (f" → {finding.remedy}" if finding.remedy else ""))
+    if any(finding.remedy for finding in findings):
+        raise typer.Exit(1)
+
+
+def _python() -> Iterator[Finding]:
+    remedy = "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer and run `make setup` again"
+    yield Finding("python", platform.python_version(), remedy)
+
+
+def _packages() -> Iterator[Finding]:
+    for name, least in PACKAGES.items():
+        try:
+            found = version(name)
+            remedy = "" if Version(found) >= Version(least) else f"needs {least} or newer; run `make setup`"
+        except PackageNotFoundError:
+            found, remedy = "missing", "run `make setup`"
+        yield Finding(name, found, remedy)
+
+
+def _accelerator() -> Iterator[Finding]:
+    device = device_of("auto")
+    note = f"{torch.get_num_threads()} threads" if device.type == "cpu" else "found"
+    yield Finding("device", f"{device.type}, {note}, weights in {str(dtype_of('auto', device)).removeprefix('torch.')}")
+
+
+def _model(name: str) -> Iterator[Finding]:
+    try:
+        source = locate(name)
+        yield Finding("model", f"{name} in {source.folder}, sha256 {source.sha256[:12]}")
+    except FedsbError as error:
+        yield Finding("model", "not found", str(error))
+
+
+def _room() -> Iterator[Finding]:
+    memory = psutil.virtual_memory().available
+    yield Finding("memory", f"{human_bytes(memory)} free", "" if memory > MEMORY_NEEDED else f"free {human_bytes(MEMORY_NEEDED)}")
+    disk = shutil.disk_usage(Path.cwd()).free
+    yield Finding("disk", f"{human_bytes(disk)} free", "" if disk > DISK_NEEDED else f"free {human_bytes(DISK_NEEDED)}")

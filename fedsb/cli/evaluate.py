@@ -1,0 +1,54 @@
+"""`fedsb evaluate`: score a finished run again, from what lies on disk."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from clients.session import Session, Site
+from fedsb.errors import StoreError
+from fedsb.report.table import evaluation_table
+from fedsb.store import adapters, checkpoint
+from fedsb.store.basis_files import load_basis
+from server.run_folder import load_run
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="folder of a run")],
+    json_: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")] = False,
+) -> None:
+    """Score base, global and personal adapters of a run on each client's own test set."""
+    scores = evaluate_run(run)
+    if json_:
+        print(json.dumps(scores))
+    else:
+        Console(width=None if Console().is_terminal else 120).print(evaluation_table(scores))
+
+
+def evaluate_run(run: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """base | global | personal → client → {loss, exact_match, n, task}. Raises StoreError if the run has no checkpoint."""
+    config = load_run(run)
+    last = checkpoint.latest(run, config.digest())
+    if last is None:
+        raise StoreError(f"{run} has no finished round yet; `fedsb simulate … --resume` goes on with it")
+    session = Session(config)
+    basis = load_basis(run, last.basis_fingerprint)
+    stored = set(adapters.clients(run / "adapters"))
+    scores: dict[str, dict[str, dict[str, Any]]] = {"base": {}, "global": {}, "personal": {}}
+    for index, name in enumerate(config.client_names):
+        site = Site(name, index, run / "sites")
+        session.use(basis)
+        vectors = {"base": session.base_vector(), "global": session.layout.flatten(last.state)}
+        if name in stored:
+            own = adapters.load(run / "adapters", name)
+            if own.manifest.basis_fingerprint != basis.fingerprint:
+                raise StoreError(f"{run}/adapters/{name}: is of another basis than the run; publish it again")
+            vectors["personal"] = session.layout.flatten(own.state)
+        for which, vector in vectors.items():
+            score = session.score(site, vector)
+            scores[which][name] = {
+                "loss": score.loss, "exact_match": score.exact_match, "n": score.n, "task": session.task_of(site)
+            }
+    return scores

@@ -1,0 +1,226 @@
+"""From examples to tensors: tokens through the chat template, padding and masks, and who draws what at which step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+
+from fedsb.data.examples import Example
+from fedsb.data.seeds import generator
+from fedsb.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Kind: TypeAlias = Literal["causal", "classification"]
+
+IGNORED = -100  # a label that no loss counts
+PROBE = "A system message that nobody would write."
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids of one example. Classification: the whole text is `prompt`, `completion` is empty."""
+
+    prompt: list[int]
+    completion: list[int]
+    label: int | None = None
+
+    def __len__(self) -> int:
+        """Tokens of prompt and completion together."""
+        return len(self.prompt) + len(self.completion)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Batch:
+    """B padded rows of T tokens.
+
+    input_ids (B, T) int64; attention_mask (B, T) int64, 1 at tokens and 0 at padding; labels int64: (B, T), equal to
+    input_ids at the completion and -100 elsewhere (causal, not shifted), or (B,) label ids (classification).
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+
+
+def encode(
+    examples: Sequence[Example],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    system_prompt: str | None,
+    kind: Kind,
+) -> list[Encoded]:
+    """Tokenize examples to at most `max_length` tokens each.
+
+    Causal: the prompt is rendered by the tokenizer's chat template up to where the assistant begins to speak (without a
+    template: the prompt and a newline), the completion ends in the end-of-sequence token, and what is too long loses
+    tokens at the beginning of the prompt, of which at least one stays.
+    Of `system_prompt`, None leaves the template's own default, a text goes in as system message, and "" means no system
+    block, as far as the template can do without (see `_without_system`).
+    Classification: the text with the tokenizer's special tokens, truncated as the tokenizer truncates.
+
+    Raises DataError for an example of the other kind, a completion that does not fit, an empty text, and a system
+    prompt that the template cannot place; ModelError if the tokenizer has no end-of-sequence token.
+    """
+    for number, example in enumerate(examples):
+        if (example.label is None) != (kind == "causal"):
+            has = "no label" if example.label is None else "a label"
+            raise DataError(
+                f'{_name(example, number)} has {has}, which does not go with model.kind = "{kind}"; change one of them'
+            )
+    if not examples:
+        return []
+    if kind == "classification":
+        return _encode_texts(examples, tokenizer, max_length)
+    return _encode_completions(examples, tokenizer, max_length, system_prompt)
+
+
+def collate(rows: Sequence[Encoded], pad_id: int, kind: Kind) -> Batch:
+    """Stack rows, padded on the right to the longest: for training and for scoring under teacher forcing.
+
+    No rows give a batch with B = 0, T = 1 (Poisson sampling draws such batches).
+    """
+    sequences = [[*row.prompt, *row.completion] for row in rows]
+    width = _width(sequences)
+    input_ids = _rectangle([ids + [pad_id] * (width - len(ids)) for ids in sequences], width)
+    mask = _rectangle([[1] * len(ids) + [0] * (width - len(ids)) for ids in sequences], width)
+    if kind == "classification":
+        return Batch(input_ids, mask, torch.tensor([row.label for row in rows], dtype=torch.int64))
+    labels = [[IGNORED] * len(row.prompt) + row.completion + [IGNORED] * (width - len(row)) for row in rows]
+    return Batch(input_ids, mask, _rectangle(labels, width))
+
+
+def collate_prompts(rows: Sequence[Encoded], pad_id: int) -> Batch:
+    """Stack the prompts alone, padded on the left: for generation. Labels are -100 everywhere, (B, T)."""
+    width = _width([row.prompt for row in rows])
+    input_ids = _rectangle([[pad_id] * (width - len(row.prompt)) + row.prompt for row in rows], width)
+    mask = _rectangle([[0] * (width - len(row.prompt)) + [1] * len(row.prompt) for row in rows], width)
+    return Batch(input_ids, mask, torch.full_like(input_ids, IGNORED))
+
+
+def draw(n: int, step: int, batch_size: int, seed: int, client: str) -> list[int]:
+    """Which of its n examples `client` takes at step `step` (counted from 0 over all rounds): `batch_size` indices.
+
+    The steps run through 0..n-1 in one random order after another, each drawn from (seed, client, epoch), so every
+    epoch takes each example once; a batch may straddle epochs. There is no state: a resumed run draws the same.
+
+    Raises DataError if n is 0.
+    """
+    if n == 0:
+        raise DataError(f"client {client} has no examples to draw from; give it some or lower federation.clients")
+    first, last = step * batch_size, (step + 1) * batch_size
+    epochs = range(first // n, (last - 1) // n + 1)
+    orders = [index for epoch in epochs for index in generator(seed, "draw", client, epoch).permutation(n).tolist()]
+    return orders[first - epochs[0] * n : last - epochs[0] * n]
+
+
+def evaluation_order(rows: Sequence[Encoded]) -> list[int]:
+    """The indices of rows, longest first and otherwise in order: batches of neighbours have little padding."""
+    return sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+
+
+def _name(example: Example, number: int) -> str:
+    start = " ".join(example.prompt.split())[:40]
+    return f'task {example.task}, example {number} ("{start}…")'
+
+
+def _encode_texts(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> list[Encoded]:
+    ids = tokenizer([e.prompt for e in examples], truncation=True, max_length=max_length)["input_ids"]
+    for number, (example, tokens) in enumerate(zip(examples, ids, strict=True)):
+        if not tokens:
+            raise DataError(f"{_name(example, number)} has no token that the tokenizer knows; drop it")
+    return [Encoded(tokens, [], example.label) for example, tokens in zip(examples, ids, strict=True)]
+
+
+def _encode_completions(
+    examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", max_length: int, system_prompt: str | None
+) -> list[Encoded]:
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ModelError("the tokenizer has no end-of-sequence token, so no answer could end; set its eos_token")
+    prompts = _prompt_ids([e.prompt for e in examples], tokenizer, system_prompt)
+    completions = tokenizer([e.completion for e in examples], add_special_tokens=False, verbose=False)["input_ids"]
+    return [
+        _fitted(prompt, [*completion, end], max_length, _name(example, number))
+        for number, (example, prompt, completion) in enumerate(zip(examples, prompts, completions, strict=True))
+    ]
+
+
+def _fitted(prompt: list[int], completion: list[int], max_length: int, name: str) -> Encoded:
+    room = max_length - len(completion)
+    if room < 1:
+        raise DataError(
+            f"{name}: {len(completion)} tokens of completion and one of prompt do not fit into {max_length}; "
+            "raise data.max_length or drop it"
+        )
+    return Encoded(prompt[-room:], completion)
+
+
+def _prompt_ids(
+    prompts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", system_prompt: str | None
+) -> list[list[int]]:
+    if tokenizer.chat_template:
+        rendered = [_rendered(prompt, tokenizer, system_prompt) for prompt in prompts]
+        ids: list[list[int]] = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+    if system_prompt:
+        raise DataError("the model has no chat template, so it takes no system message; leave data.system_prompt out")
+    ids = tokenizer([f"{prompt}\n" for prompt in prompts], verbose=False)["input_ids"]
+    return [tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens for tokens in ids]
+
+
+def _rendered(prompt: str, tokenizer: "PreTrainedTokenizerBase", system_prompt: str | None) -> str:
+    if system_prompt == "":
+        return _without_system(prompt, tokenizer)
+    try:
+        text = _template(tokenizer, system_prompt, prompt)
+    except TemplateError as error:
+        raise DataError(
+            f"the model's chat template refuses the messages ({error}); leave data.system_prompt out"
+        ) from error
+    if system_prompt and system_prompt.strip() not in text:
+        raise DataError("the model's chat template drops the system message; leave data.system_prompt out")
+    return text
+
+
+def _without_system(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Render one user message with no system block.
+
+    Left without a system message, a template may put in its own (SmolLM2, Qwen2.5). So render a system message alone
+    and the same one before the user's, and cut the first from the second; a beginning-of-sequence token cut along is
+    put back. A template that has no separate block (it refuses system messages, drops them or merges them into the
+    user's) has none to cut, and is rendered with the user's message only.
+    """
+    alone = _template(tokenizer, None, prompt)
+    try:
+        block = _template(tokenizer, PROBE, None)
+        both = _template(tokenizer, PROBE, prompt)
+    except TemplateError:
+        return alone
+    if PROBE not in block or not both.startswith(block):
+        return alone
+    rest = both.removeprefix(block)
+    begin = str(tokenizer.bos_token or "")
+    return begin + rest if alone.startswith(begin) and not rest.startswith(begin) else rest
+
+
+def _template(tokenizer: "PreTrainedTokenizerBase", system: str | None, user: str | None) -> str:
+    given = [("system", system), ("user", user)]
+    messages = [{"role": role, "content": content} for role, content in given if content is not None]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=user is not None))
+
+
+def _width(sequences: Sequence[Sequence[int]]) -> int:
+    return max((len(ids) for ids in sequences), default=1)
+
+
+def _rectangle(rows: list[list[int]], width: int) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), width)

@@ -1,0 +1,18 @@
+"""One example of a task, before any tokenizer has seen it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A text to complete or to classify.
+
+    Generation: trained on `completion`, scored against `answer`, and `label` is None.
+    Classification: `prompt` is the text, `completion` and `answer` are empty, and `label` is a label id.
+    """
+
+    task: str
+    prompt: str
+    completion: str
+    answer: str
+    label: int | None = None

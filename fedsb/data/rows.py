@@ -1,0 +1,69 @@
+"""One row of a data set that somebody else wrote, checked: what comes out of here can be trained on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedsb.errors import DataError
+
+FORMS = (
+    'a row is {"prompt": text, "completion": text, "answer": text (may be left out)} '
+    'or {"text": text, "label": text or integer}'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A checked row. `place` is where it stands (`file:line`); `label` is None in a generation row."""
+
+    place: str
+    prompt: str
+    completion: str
+    answer: str
+    label: str | None
+
+
+def checked_row(value: object, place: str) -> Row:
+    """Check one row, as JSON or a data set gives it. A prompt, text or label must not be empty; a completion may.
+
+    Raises DataError naming the place, the field and what is expected.
+    """
+    if not isinstance(value, Mapping):
+        raise DataError(f"{place}: is not an object; {FORMS}")
+    if "prompt" in value or "completion" in value:
+        prompt, completion = _filled(value, "prompt", place), _text(value, "completion", place)
+        answer = completion if value.get("answer") is None else _text(value, "answer", place)
+        return Row(place, prompt, completion, answer, None)
+    return Row(place, _filled(value, "text", place), "", "", _label(value, place))
+
+
+def _text(row: Mapping[str, object], field: str, place: str) -> str:
+    if field not in row:
+        raise DataError(f'{place}: has no "{field}"; {FORMS}')
+    text = row[field]
+    if not isinstance(text, str):
+        raise DataError(f'{place}: "{field}" is {_kind(text)} and not text; {FORMS}')
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f'{place}: "{field}" holds half a surrogate pair, which is not Unicode; mend the row') from None
+    return text
+
+
+def _filled(row: Mapping[str, object], field: str, place: str) -> str:
+    text = _text(row, field, place)
+    if not text.strip():
+        raise DataError(f'{place}: "{field}" is empty; fill it in or drop the row')
+    return text
+
+
+def _label(row: Mapping[str, object], place: str) -> str:
+    label = row.get("label")
+    if isinstance(label, int) and not isinstance(label, bool):
+        return str(label)
+    if "label" in row and not isinstance(label, str):
+        raise DataError(f'{place}: "label" is {_kind(label)} and neither text nor an integer; {FORMS}')
+    return _filled(row, "label", place)
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else f"of type {type(value).__name__}"

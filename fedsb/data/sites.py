@@ -1,0 +1,84 @@
+"""What each client of a simulation holds: the tasks of a configuration, loaded and dealt out."""
+
+import functools
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fedsb.config import DataSection, RunConfig
+from fedsb.data.examples import Example
+from fedsb.data.partition import partition, partition_like
+from fedsb.data.tasks import Split, load_task
+from fedsb.errors import DataError
+
+
+class _Key(NamedTuple):
+    """All that decides the parts; sections hold dicts and cannot be hashed, their JSON can."""
+
+    data: str
+    seed: int
+    clients: int
+    folder: str  # relative jsonl: folders start here
+
+
+class _Dealt(NamedTuple):
+    groups: list[int]
+    parts: list[list[int]]
+    examples: tuple[tuple[Example, ...], ...]
+
+
+def all_parts(config: RunConfig, split: Split) -> list[list[Example]]:
+    """The examples of every client, in the order of `config.client_names`.
+
+    Test sets follow train sets: under `task` each task's test examples are dealt evenly to its clients, under all other
+    partitions in proportion to the labels (or tasks) that a client trains on (`partition_like`).
+    The last few results are kept, so files are taken not to change while a process runs.
+
+    Raises DataError when a source cannot be read or there are too few examples for the clients.
+    """
+    dealt = _train(_key(config)) if split == "train" else _test(_key(config))
+    return [list(part) for part in dealt.examples]
+
+
+def client_data(config: RunConfig, index: int, split: Split) -> list[Example]:
+    """The examples of client number `index` (0 ≤ index < federation.clients).
+
+    Raises DataError as `all_parts` does, and for a number that no client has.
+    """
+    clients = config.federation.clients
+    if not 0 <= index < clients:
+        raise DataError(f"there is no client number {index} among {clients}; count from 0 or raise federation.clients")
+    return all_parts(config, split)[index]
+
+
+def _key(config: RunConfig) -> _Key:
+    return _Key(config.data.model_dump_json(), config.seed, config.federation.clients, os.getcwd())
+
+
+@functools.lru_cache(maxsize=4)
+def _train(key: _Key) -> _Dealt:
+    data = DataSection.model_validate_json(key.data)
+    examples, groups = _load(data, "train", key.seed)
+    return _dealt(examples, groups, partition(data.partition, groups, key.clients, data.alpha, key.seed))
+
+
+@functools.lru_cache(maxsize=4)
+def _test(key: _Key) -> _Dealt:
+    data = DataSection.model_validate_json(key.data)
+    examples, groups = _load(data, "test", key.seed)
+    if data.partition == "task":
+        return _dealt(examples, groups, partition("task", groups, key.clients, data.alpha, key.seed))
+    train = _train(key)
+    return _dealt(examples, groups, partition_like(train.parts, train.groups, groups, key.seed))
+
+
+def _dealt(examples: Sequence[Example], groups: list[int], parts: list[list[int]]) -> _Dealt:
+    return _Dealt(groups, parts, tuple(tuple(examples[i] for i in part) for part in parts))
+
+
+def _load(data: DataSection, split: Split, seed: int) -> tuple[list[Example], list[int]]:
+    """All examples and their groups: the label where there is one to skew by, the number of the task otherwise."""
+    loaded = [(number, example) for number, task in enumerate(data.tasks) for example in load_task(task, split, seed)]
+    by_task = data.partition == "task"
+    groups = [number if by_task or example.label is None else example.label for number, example in loaded]
+    return [example for _, example in loaded], groups

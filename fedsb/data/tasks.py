@@ -1,0 +1,84 @@
+"""The examples of a task, from wherever its source says."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from fedsb.config import TaskSection
+from fedsb.data.examples import Example
+from fedsb.data.gym import gym_examples
+from fedsb.data.hub import read_hub
+from fedsb.data.jsonl import read_jsonl
+from fedsb.data.rows import Row
+from fedsb.data.seeds import generator
+from fedsb.errors import DataError
+
+Split = Literal["train", "test"]
+
+SOURCES = "a source is gym:NAME, jsonl:FOLDER or hub:ID"
+
+
+def load_task(task: TaskSection, split: Split, seed: int) -> list[Example]:
+    """Load one split of a task, at most `task.train` or `task.test` examples of it.
+
+    A cap takes a sample drawn from the seed, in the order of the source. Label ids are indices into
+    `label_names(task)`, so they are the same for every client, split and cap. Rows that stand in both files stay in
+    both; the splits of `gym:` share no question.
+
+    Raises DataError when the source cannot be read, a row is bad, or a test label does not occur in train.
+    """
+    if task.source.startswith("gym:"):
+        return gym_examples(task, split, seed)
+    rows = _rows(task, split)
+    names = {} if rows[0].label is None else {name: i for i, name in enumerate(label_names(task))}
+    examples = [_example(task, row, names) for row in rows]
+    limit = task.train if split == "train" else task.test
+    if limit is None or limit >= len(examples):
+        return examples
+    chosen = generator(seed, "sample", task.name, split).choice(len(examples), size=limit, replace=False)
+    return [examples[i] for i in sorted(chosen.tolist())]
+
+
+def label_names(task: TaskSection) -> tuple[str, ...]:
+    """The labels of a classification task: all of its train split, as text, sorted (as numbers if all are integers).
+
+    Raises DataError when the source cannot be read or has no labels.
+    """
+    rows = [] if task.source.startswith("gym:") else _rows(task, "train")
+    labels = {row.label for row in rows if row.label is not None}
+    if not labels:
+        raise DataError(f'{task.source}: has no labels; use a task with text and label, or set model.kind = "causal"')
+    if all(re.fullmatch("-?[0-9]{1,18}", label) for label in labels):
+        return tuple(sorted(labels, key=lambda label: (int(label), label)))
+    return tuple(sorted(labels))
+
+
+def _rows(task: TaskSection, split: Split) -> list[Row]:
+    kind, _, name = task.source.partition(":")
+    readers: dict[str, Callable[[], list[Row]]] = {
+        "jsonl": lambda: read_jsonl(Path(name), split),
+        "hub": lambda: read_hub(name, _configuration(task), split),
+    }
+    if kind not in readers or not name:
+        raise DataError(f"task {task.name}: source {task.source!r} is of no known kind; {SOURCES}")
+    rows = readers[kind]()
+    for row in rows:
+        if (row.label is None) != (rows[0].label is None):
+            raise DataError(f"{row.place}: is of another form than the first row; keep prompts and labels apart")
+    return rows
+
+
+def _configuration(task: TaskSection) -> str | None:
+    unknown = sorted(set(task.options) - {"name"})
+    if unknown:
+        raise DataError(f"{task.source}: has no option {unknown[0]}; a hub data set takes only options.name")
+    return str(task.options["name"]) if "name" in task.options else None
+
+
+def _example(task: TaskSection, row: Row, names: dict[str, int]) -> Example:
+    if row.label is None:
+        return Example(task.name, row.prompt, row.completion, row.answer)
+    if row.label not in names:
+        raise DataError(f"{row.place}: label {row.label!r} does not occur in train; mend the row or add such examples")
+    return Example(task.name, row.prompt, "", "", names[row.label])

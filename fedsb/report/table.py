@@ -1,0 +1,56 @@
+"""The table that a run ends with: client x {base, global, personal}."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fedsb.report.units import human_bytes, human_seconds
+
+KINDS = ("base", "global", "personal")
+Evaluation = Mapping[str, Mapping[str, Mapping[str, Any]]]
+
+
+def evaluation_table(evaluation: Evaluation) -> Table:
+    """`evaluation[kind][client]` → {loss, exact_match, n, task} as a table with the means in the last row."""
+    table = Table(title="exact match and loss on each client's own test set")
+    for column in ("client", "task", "n"):
+        table.add_column(column, justify="right" if column == "n" else "left")
+    for kind in KINDS:
+        table.add_column(f"{kind}\nmatch", justify="right")
+        table.add_column(f"{kind}\nloss", justify="right")
+    clients = sorted(evaluation["base"])
+    for client in clients:
+        cells = [cell for kind in KINDS for cell in _cells(evaluation.get(kind, {}).get(client))]
+        first = evaluation["base"][client]
+        table.add_row(client, str(first["task"]), str(first["n"]), *cells)
+    table.add_section()
+    means = [cell for kind in KINDS for cell in _cells(mean_score(evaluation.get(kind, {})))]
+    table.add_row("mean", "", "", *means)
+    return table
+
+
+def mean_score(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float] | None:
+    """Mean over clients, each counting alike; None of no clients."""
+    if not scores:
+        return None
+    return {key: sum(float(s[key]) for s in scores.values()) / len(scores) for key in ("exact_match", "loss")}
+
+
+def show_summary(summary: Mapping[str, Any], adapters: str) -> None:
+    """Print the table, the bytes moved and where the adapters lie."""
+    console = Console(width=None if Console().is_terminal else 120)
+    console.print(evaluation_table(summary["evaluation"]))
+    moved, seconds = summary["bytes"], summary["seconds"]
+    console.print(
+        f"moved: basis {human_bytes(moved['basis'])}, up {human_bytes(moved['up'])}, down {human_bytes(moved['down'])} "
+        f"({human_bytes(moved['up_per_client_round'])} up per client and round)",
+        highlight=False,
+    )
+    console.print(f"took {human_seconds(seconds['total'])}", highlight=False)
+    console.print(f"personal adapters: {adapters}", highlight=False, soft_wrap=True)
+
+
+def _cells(score: Mapping[str, Any] | None) -> tuple[str, str]:
+    return ("-", "-") if score is None else (f"{score['exact_match']:.3f}", f"{score['loss']:.3f}")

@@ -1,0 +1,250 @@
+"""The adapter store: published personal adapters, versioned, each with a manifest.
+
+    <store>/<client>/v0001/core.safetensors   the client's state
+    <store>/<client>/v0001/manifest.json      `Manifest`
+    <store>/<client>/current                  {"version": 1}, replaced atomically
+
+A version is written aside, renamed into place before `current` names it, and never changed afterwards, so a reader sees
+a whole version or none. Publishers of one client take turns through a file lock.
+"""
+
+import contextlib
+import fcntl
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from fedsb.errors import AdapterError, StoreError
+from fedsb.store.files import (
+    load_tensors,
+    read_file,
+    read_json,
+    save_tensors,
+    sha256_of,
+    staged_folder,
+    write_file,
+    write_json,
+    writing,
+)
+
+CORE_FILE, MANIFEST_FILE, CURRENT_FILE, LOCK_FILE = "core.safetensors", "manifest.json", "current", ".lock"
+CLIENT = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+VERSION = re.compile(r"v(\d{4,})")
+CORE = ".core"  # `<layer>.core`
+HEAD = re.compile(r"head\.(.+)\.(weight|bias)")  # `head.<module path>.weight`
+
+
+class ModelId(BaseModel):
+    """A base model: its name (hub id, folder or short name) and SHA-256."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    name: str
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What a published adapter is. Unknown keys, which a later version may write, are passed over."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    client: str
+    version: int
+    base_model: ModelId
+    method: str
+    rank: int
+    scale: float
+    basis_fingerprint: str
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    sha256: str
+    round: int
+    task: str
+    created: str
+    epsilon: float | None = None
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """One version of a client's adapter: its state (fp32; cores (r, r) and head parameters) and its manifest."""
+
+    state: dict[str, Tensor]
+    manifest: Manifest
+
+    @property
+    def cores(self) -> dict[str, Tensor]:
+        """R (r, r) by layer name."""
+        return {name.removesuffix(CORE): tensor for name, tensor in self.state.items() if name.endswith(CORE)}
+
+    @property
+    def head(self) -> dict[str, Tensor]:
+        """Head parameters by their name in the base model, e.g. `classifier.weight`."""
+        return {name.removeprefix("head."): t for name, t in self.state.items() if not name.endswith(CORE)}
+
+
+def publish(
+    store: Path,
+    client: str,
+    state: Mapping[str, Tensor],
+    *,
+    base_model: ModelId,
+    method: str,
+    rank: int,
+    scale: float,
+    basis_fingerprint: str,
+    round: int,
+    task: str,
+    epsilon: float | None = None,
+) -> int:
+    """Publish a client's state as its next version, make it the current one, and return its number, from 1.
+
+    Raises StoreError (the client's name), AdapterError (a state that is no adapter of that rank) and DiskError; then
+    the store is as before.
+    """
+    folder = _folder(store, client)
+    _check(state, rank, f"the adapter of {client}")
+    with _turn(folder):
+        version = max(_versions(folder), default=0) + 1
+        with staged_folder(folder / f"v{version:04d}") as staged:
+            save_tensors(staged / CORE_FILE, state)
+            manifest = Manifest(
+                client=client,
+                version=version,
+                base_model=base_model,
+                method=method,
+                rank=rank,
+                scale=scale,
+                basis_fingerprint=basis_fingerprint,
+                shapes={name: tuple(tensor.shape) for name, tensor in state.items()},
+                dtypes={name: _dtype(tensor) for name, tensor in state.items()},
+                sha256=sha256_of(staged / CORE_FILE),
+                round=round,
+                task=task,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                epsilon=epsilon,
+            )
+            write_file(staged / MANIFEST_FILE, (manifest.model_dump_json(indent=2) + "\n").encode())
+        write_json(folder / CURRENT_FILE, {"version": version})
+    return version
+
+
+def load(store: Path, client: str, version: int | None = None) -> StoredAdapter:
+    """One version of a client's adapter, by default the current one, with everything that the manifest says checked.
+
+    Raises StoreError if there is no such client or version, and AdapterError if its files are not what was published.
+    """
+    folder = _folder(store, client)
+    if not (folder / CURRENT_FILE).exists():
+        raise _unknown(store, client)
+    number = _current(folder) if version is None else version
+    known = _versions(folder)  # listed after `current` was read, since a version exists before `current` names it
+    if number not in known:
+        raise StoreError(f"{store / client}: has no version {number}; it has {', '.join(map(str, known)) or 'none'}")
+    folder = folder / f"v{number:04d}"
+    stored = _read(folder)
+    if stored is None or (stored.manifest.client, stored.manifest.version) != (client, number):
+        raise AdapterError(
+            f"{folder}: is not what was published (missing, torn or changed); "
+            f"publish {client} anew, or name another version"
+        )
+    _check(stored.state, stored.manifest.rank, str(folder))
+    return stored
+
+
+def clients(store: Path) -> list[str]:
+    """Names of the clients with a current adapter, sorted. Raises StoreError if there is no such store."""
+    if not store.is_dir():
+        raise StoreError(f"{store}: there is no adapter store; name the adapters/ folder of a run")
+    return sorted(path.parent.name for path in store.glob(f"*/{CURRENT_FILE}") if CLIENT.fullmatch(path.parent.name))
+
+
+def versions(store: Path, client: str) -> list[int]:
+    """Numbers of a client's published versions, ascending. Raises StoreError for a client that the store lacks."""
+    folder = _folder(store, client)
+    if not (folder / CURRENT_FILE).exists():
+        raise _unknown(store, client)
+    return _versions(folder)
+
+
+def _folder(store: Path, client: str) -> Path:
+    if not CLIENT.fullmatch(client):
+        raise StoreError(
+            f"{client!r}: is no client name; use 1 to 63 of a-z, 0-9, dot, dash and underscore, "
+            "beginning with a letter or digit"
+        )
+    return store / client
+
+
+def _unknown(store: Path, client: str) -> StoreError:
+    return StoreError(f"{store}: has no adapter of {client}; publish one, or name one of the store's folders")
+
+
+def _versions(folder: Path) -> list[int]:
+    matches = (VERSION.fullmatch(path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def _current(folder: Path) -> int:
+    version = read_json(folder / CURRENT_FILE).get("version")
+    if not isinstance(version, int):
+        raise StoreError(f'{folder / CURRENT_FILE}: names no version; write {{"version": N}} into it')
+    return version
+
+
+@contextlib.contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Hold a client's lock, which the system releases when the process ends, however it ends."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK_FILE).open("ab")
+    with file:
+        with writing(folder):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _read(folder: Path) -> StoredAdapter | None:
+    """The adapter of a version's folder, or None if hash, names, shapes or dtypes are not those of its manifest."""
+    try:
+        manifest = Manifest.model_validate_json(read_file(folder / MANIFEST_FILE))
+        if sha256_of(folder / CORE_FILE) != manifest.sha256:
+            return None
+        state, _ = load_tensors(folder / CORE_FILE)
+    except (StoreError, ValidationError):
+        return None
+    return StoredAdapter(state, manifest) if _described(state, manifest) else None
+
+
+def _described(state: Mapping[str, Tensor], manifest: Manifest) -> bool:
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return shapes == manifest.shapes and {name: _dtype(tensor) for name, tensor in state.items()} == manifest.dtypes
+
+
+def _check(state: Mapping[str, Tensor], rank: int, where: str) -> None:
+    """Refuse a state without cores, with unknown names, cores of another shape, another dtype, or NaN or infinity."""
+    if not any(name.endswith(CORE) for name in state):
+        raise AdapterError(f"{where}: holds no core; train it first")
+    for name, tensor in state.items():
+        fault = _fault(name, tensor, rank)
+        if fault:
+            raise AdapterError(f"{where}: {name} {fault}; train it again")
+
+
+def _fault(name: str, tensor: Tensor, rank: int) -> str | None:
+    if name.endswith(CORE) and tensor.shape != (rank, rank):
+        return f"has shape {tuple(tensor.shape)} where rank {rank} is said"
+    if not name.endswith(CORE) and not HEAD.fullmatch(name):
+        return "is neither a core nor a head parameter"
+    if tensor.dtype != torch.float32:
+        return f"is {_dtype(tensor)} instead of float32"
+    return None if bool(tensor.isfinite().all()) else "holds NaN or infinity"

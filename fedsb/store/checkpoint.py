@@ -1,0 +1,120 @@
+"""A round on disk: `<run>/checkpoints/round-0007/` with `state.safetensors` and `round.json`."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from fedsb.errors import CheckpointError, StoreError
+from fedsb.store.files import (
+    clean_leftovers,
+    load_tensors,
+    read_json,
+    save_tensors,
+    sha256_of,
+    staged_folder,
+    write_json,
+)
+
+STATE, ROUND = "state.safetensors", "round.json"
+FOLDER = re.compile(r"round-(\d{4,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The server after a round, enough to go on from.
+
+    Attributes:
+        round: the number of the last finished round, from 1.
+        state: the aggregated state: cores (r, r) under `<layer>.core`, head parameters under `head.<module path>.…`.
+        config_digest: `RunConfig.digest()` of the run.
+        basis_fingerprint: of the basis on which the cores were trained.
+        progress: running totals that JSON can hold (bytes so far, history, …).
+    """
+
+    round: int
+    state: dict[str, Tensor]
+    config_digest: str
+    basis_fingerprint: str
+    progress: dict[str, Any]
+
+
+class _Record(BaseModel):
+    """`round.json`."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    round: int
+    config_digest: str
+    basis_fingerprint: str
+    state_sha256: str
+    progress: dict[str, Any]
+
+
+def save(run: Path, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint atomically and return its folder; leftovers of killed processes are cleaned away.
+
+    Raises DiskError; then the checkpoints before are untouched.
+    """
+    folder = run / "checkpoints" / f"round-{checkpoint.round:04d}"
+    clean_leftovers(folder.parent)
+    with staged_folder(folder) as staged:
+        save_tensors(staged / STATE, checkpoint.state)
+        record = _Record(
+            round=checkpoint.round,
+            config_digest=checkpoint.config_digest,
+            basis_fingerprint=checkpoint.basis_fingerprint,
+            state_sha256=sha256_of(staged / STATE),
+            progress=checkpoint.progress,
+        )
+        write_json(staged / ROUND, dict(record))
+    return folder
+
+
+def latest(run: Path, config_digest: str) -> Checkpoint | None:
+    """The newest checkpoint of a run, or None if it has none.
+
+    Raises CheckpointError if that one is torn, or belongs to another configuration; it never falls back silently to an
+    older round.
+    """
+    rounds = _rounds(run / "checkpoints")
+    return _load(rounds[max(rounds)], max(rounds), config_digest) if rounds else None
+
+
+def _rounds(folder: Path) -> dict[int, Path]:
+    if not folder.is_dir():
+        return {}
+    matches = ((FOLDER.fullmatch(path.name), path) for path in folder.iterdir())
+    return {int(match[1]): path for match, path in matches if match}
+
+
+def _load(folder: Path, number: int, config_digest: str) -> Checkpoint:
+    try:
+        record = _Record.model_validate(read_json(folder / ROUND))
+    except (StoreError, ValidationError):
+        raise _torn(folder / ROUND) from None
+    if record.config_digest != config_digest:
+        raise CheckpointError(
+            f"{folder}: belongs to another configuration ({record.config_digest[:12]}, now {config_digest[:12]}); "
+            f"resume with the original {folder.parent.parent / 'config.toml'}, or start anew with another --out"
+        )
+    if record.round != number:
+        raise _torn(folder / ROUND)
+    try:
+        whole = sha256_of(folder / STATE) == record.state_sha256
+        state, _ = load_tensors(folder / STATE) if whole else ({}, {})
+    except StoreError:
+        whole = False
+    if not whole:
+        raise _torn(folder / STATE)
+    return Checkpoint(number, state, record.config_digest, record.basis_fingerprint, record.progress)
+
+
+def _torn(file: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: is missing, torn, or not what was saved; "
+        f"delete the folder {file.parent} to resume from the round before"
+    )

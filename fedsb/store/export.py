@@ -1,0 +1,235 @@
+"""Folders to carry away: a plain LoRA that an unmodified PEFT (and vLLM) reads, and our own format with the core apart.
+
+Both hold `adapter_config.json`, `adapter_model.safetensors`, `README.md` and `manifest.json`, and replace an older
+export whole. The plain LoRA puts everything trained on the B side (lora_B = s B R, lora_A = A), so that A is the same
+for all clients of a run.
+"""
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsb.basis.frames import Basis
+from fedsb.errors import BasisError, StoreError
+from fedsb.store.adapters import StoredAdapter
+from fedsb.store.files import read_json, save_tensors, sha256_of, staged_folder, write_file, write_json
+
+CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, MANIFEST_FILE = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "README.md",
+    "manifest.json",
+)
+PREFIX = "base_model.model."
+STACKED = re.compile(r"(.*?)\.(\d+)\.(.+)")  # model.layers . 0 . self_attn.q_proj
+HEADS = ("classifier", "score")  # the heads that PEFT and vLLM know by name
+TUNER = "fedsb.adapters.lora_sb"  # importing it registers peft_type FEDSB
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank in vLLM 0.32
+
+
+def export_lora(
+    stored: StoredAdapter, basis: Basis, out: Path, dtype: torch.dtype = torch.float32, modules: Collection[str] = ()
+) -> Path:
+    """Write a plain LoRA: lora_A (r, in) = A, lora_B (out, r) = s B R, the product in fp64, stored in `dtype`.
+
+    `modules`: see `target_modules`. Raises BasisError (not the adapter's basis), StoreError (`out` is something
+    else) and DiskError; then whatever was at `out` is as before.
+    """
+    _check(stored, basis)
+    scale = stored.manifest.scale
+    tensors: dict[str, Tensor] = {}
+    for layer, core in stored.cores.items():
+        product = scale * (basis.B[layer].double() @ core.double())  # (out, r)
+        tensors[f"{PREFIX}{layer}.lora_A.weight"] = basis.A[layer].to(dtype)
+        tensors[f"{PREFIX}{layer}.lora_B.weight"] = product.to(dtype)
+    return _write(out, stored, lora_config(stored, modules), tensors | _head(stored))
+
+
+def export_core(stored: StoredAdapter, basis: Basis, out: Path, modules: Collection[str] = ()) -> Path:
+    """Write our own format: core (r, r) fp32, A (r, in) and B (out, r) in the basis' dtype. Raises as `export_lora`."""
+    _check(stored, basis)
+    tensors: dict[str, Tensor] = {}
+    for layer, core in stored.cores.items():
+        tensors[f"{PREFIX}{layer}.fedsb_core.weight"] = core
+        tensors[f"{PREFIX}{layer}.fedsb_A"] = basis.A[layer]
+        tensors[f"{PREFIX}{layer}.fedsb_B"] = basis.B[layer]
+    return _write(out, stored, core_config(stored, modules), tensors | _head(stored))
+
+
+def lora_config(stored: StoredAdapter, modules: Collection[str] = ()) -> dict[str, Any]:
+    """`adapter_config.json` of the plain LoRA. lora_alpha = r, since the scale is already in lora_B."""
+    return _common(stored, modules) | {
+        "alpha_pattern": {},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "lora_alpha": stored.manifest.rank,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "rank_pattern": {},
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def core_config(stored: StoredAdapter, modules: Collection[str] = ()) -> dict[str, Any]:
+    """`adapter_config.json` of our own format, whose peft_type an unmodified PEFT refuses."""
+    return _common(stored, modules) | {
+        "basis_fingerprint": stored.manifest.basis_fingerprint,
+        "method": stored.manifest.method,
+        "peft_type": "FEDSB",
+        "scale": stored.manifest.scale,
+    }
+
+
+def _common(stored: StoredAdapter, modules: Collection[str]) -> dict[str, Any]:
+    return {
+        "base_model_name_or_path": stored.manifest.base_model.name,
+        "inference_mode": True,
+        "modules_to_save": modules_to_save(stored.head) or None,
+        "r": stored.manifest.rank,
+        "target_modules": target_modules(stored.cores, modules),
+        "task_type": "SEQ_CLS" if stored.head else "CAUSAL_LM",
+    }
+
+
+def target_modules(layers: Collection[str], modules: Collection[str] = ()) -> list[str]:
+    """Leaf names (`q_proj`) where they stand for exactly the adapted layers, otherwise the layers' full paths; sorted.
+
+    With `modules`, the names of all modules of the base model, that is decided exactly. Without, leaf names are used if
+    the layers look like a whole stack (every layer number from 0 on has the same ones, each leaf in one place only); an
+    adapter of only the first blocks of a model cannot be told apart then, and PEFT puts a zero LoRA on the others.
+    """
+    leaves = sorted({layer.rpartition(".")[2] for layer in layers})
+    endings = tuple(f".{leaf}" for leaf in leaves)
+    if modules:
+        exact = {name for name in modules if name in leaves or name.endswith(endings)} == set(layers)
+    else:
+        exact = _whole_stack(layers)
+    return leaves if exact else sorted(layers)
+
+
+def _whole_stack(layers: Collection[str]) -> bool:
+    numbers: dict[tuple[str, str], set[int]] = {}
+    for layer in layers:
+        match = STACKED.fullmatch(layer)
+        if not match:
+            return False
+        numbers.setdefault((match[1], match[3]), set()).add(int(match[2]))
+    leaves = {place.rpartition(".")[2] for _, place in numbers}
+    one_stack = len({stack for stack, _ in numbers}) == 1 and len(leaves) == len(numbers)
+    depth = max(map(len, numbers.values()), default=0)
+    return one_stack and all(found == set(range(depth)) for found in numbers.values())
+
+
+def modules_to_save(head: Collection[str]) -> list[str]:
+    """The modules that PEFT keeps whole, from names of head parameters: `classifier` for `classifier.dense.weight`."""
+    paths = {name.rpartition(".")[0] for name in head}
+    return sorted({path.partition(".")[0] if path.partition(".")[0] in HEADS else path for path in paths})
+
+
+def _head(stored: StoredAdapter) -> dict[str, Tensor]:
+    return {f"{PREFIX}{name}": tensor for name, tensor in stored.head.items()}
+
+
+def _check(stored: StoredAdapter, basis: Basis) -> None:
+    said = stored.manifest.basis_fingerprint
+    if said != basis.fingerprint:
+        raise BasisError(
+            f"the adapter of {stored.manifest.client} was trained on basis {said[:12]}, not {basis.fingerprint[:12]}; "
+            "load the basis of its own run"
+        )
+    if stored.cores.keys() != basis.B.keys() or stored.manifest.rank != basis.rank:
+        raise BasisError(
+            f"the adapter of {stored.manifest.client} ({len(stored.cores)} cores, rank {stored.manifest.rank}) lacks "
+            f"the layers or the rank of its basis ({len(basis.B)} layers, rank {basis.rank}); publish the adapter anew"
+        )
+
+
+def _write(out: Path, stored: StoredAdapter, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+    _guard(out)
+    with staged_folder(out) as staged:
+        write_json(staged / CONFIG_FILE, config)
+        save_tensors(staged / WEIGHTS_FILE, tensors, {"format": "pt"})
+        write_file(staged / CARD_FILE, _card(stored, config, tensors).encode())
+        files = {name: sha256_of(staged / name) for name in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)}
+        write_json(staged / MANIFEST_FILE, stored.manifest.model_dump(mode="json") | {"files": files})
+    return out
+
+
+def _guard(out: Path) -> None:
+    """Refuse to replace a folder that is not an older export, or to which somebody has added files."""
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    try:
+        files = read_json(out / MANIFEST_FILE).get("files")
+    except StoreError:
+        files = None
+    if not isinstance(files, dict):
+        raise StoreError(f"{out}: is not empty and no export (no manifest.json of one); name a new folder")
+    strangers = sorted({path.name for path in out.iterdir()} - files.keys() - {MANIFEST_FILE})
+    if strangers:
+        raise StoreError(f"{out}: holds {strangers[0]}, which no export wrote; move it away or name a new folder")
+
+
+def _card(stored: StoredAdapter, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    manifest = stored.manifest
+    trained = sum(tensor.numel() for tensor in stored.state.values())
+    privacy = "none" if manifest.epsilon is None else f"ε = {manifest.epsilon:g} spent by this client"
+    return f"""---
+base_model: {json.dumps(manifest.base_model.name)}
+library_name: peft
+tags: [fedsb, {manifest.method}, {str(config["peft_type"]).lower()}]
+---
+
+# {manifest.client}, version {manifest.version}
+
+| | |
+|---|---|
+| base model | `{manifest.base_model.name}` (SHA-256 `{manifest.base_model.sha256}`) |
+| method | {manifest.method}, rank {manifest.rank}, scale {manifest.scale:g} |
+| adapted layers | {len(stored.cores)} |
+| trained numbers | {trained:,} |
+| task | {manifest.task} |
+| round | {manifest.round} |
+| differential privacy | {privacy} |
+| basis fingerprint | `{manifest.basis_fingerprint}` |
+| published | {manifest.created} |
+
+Trained with FedSB: the sites of a federation share a frozen basis (B, A); each layer computes
+`y = W0 x + s B R A x`, only the r x r core R is trained, the server averages the cores of {manifest.round} rounds, and
+this client went on from that average on its own data. The files' SHA-256 are in `manifest.json`.
+
+{_how_to_load(stored, config)}"""
+
+
+def _how_to_load(stored: StoredAdapter, config: Mapping[str, Any]) -> str:
+    kind = "SequenceClassification" if config["task_type"] == "SEQ_CLS" else "CausalLM"
+    own = f"import {TUNER}  # teaches PEFT this format\n" if config["peft_type"] != "LORA" else ""
+    base = stored.manifest.base_model.name
+    text = f"""## Loading it with PEFT
+
+```python
+{own}from peft import PeftModel
+from transformers import AutoModelFor{kind}
+
+base = AutoModelFor{kind}.from_pretrained({json.dumps(base)})
+model = PeftModel.from_pretrained(base, "THIS_FOLDER")
+```
+"""
+    limit = next((rank for rank in VLLM_RANKS if rank >= stored.manifest.rank), None)
+    if own or limit is None or config["task_type"] != "CAUSAL_LM":
+        return text
+    name = stored.manifest.client
+    return f"""{text}
+## Serving it with vLLM
+
+```
+vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules {name}=THIS_FOLDER
+```
+"""

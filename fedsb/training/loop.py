@@ -1,0 +1,138 @@
+"""Local training: a client's steps of one round. Without state between rounds, so a resumed run repeats it exactly."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsb.adapters.state import HEAD
+from fedsb.config import RunConfig
+from fedsb.data.batches import Encoded, Kind, collate, draw
+from fedsb.data.seeds import generator
+from fedsb.training.loss import causal_loss, classification_loss
+
+FINAL_SHARE = 0.1  # of the learning rate at the end of the linear schedule
+PERSONAL_SHARE = 1 / 3  # of the training learning rate, for personalisation
+REFERENCE = {"causal": (1e-2, 64), "classification": (1e-2, 32)}  # (learning rate, rank) measured best; docs/log.md
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which steps to take, and at what learning rates.
+
+    Attributes:
+        first: number of the first step, counted from 0 over the whole run.
+        count: steps to take.
+        total: steps of the whole run, over which the schedule decays.
+    """
+
+    first: int
+    count: int
+    total: int
+    batch_size: int
+    microbatch: int
+    learning_rate: float
+    head_learning_rate: float
+    warmup: int
+    decay: bool
+
+    def factor(self, step: int) -> float:
+        """What the learning rates are multiplied with at a step."""
+        warm = min(1.0, (step + 1) / (self.warmup + 1))
+        return warm * (1 - (1 - FINAL_SHARE) * step / self.total) if self.decay else warm
+
+
+def learning_rate(config: RunConfig) -> float:
+    """The configured learning rate; `auto`: the measured one, falling with the square root of the rank above it."""
+    chosen = config.train.learning_rate
+    if chosen != "auto":
+        return chosen
+    rate, rank = REFERENCE[config.model.kind]
+    return rate * (rank / config.adapter.rank) ** 0.5
+
+
+def round_plan(config: RunConfig, server_round: int) -> Plan:
+    """The steps of a client in `server_round`, counted from 1."""
+    train = config.train
+    return Plan(
+        first=(server_round - 1) * train.steps,
+        count=train.steps,
+        total=config.federation.rounds * train.steps,
+        batch_size=train.batch_size,
+        microbatch=train.microbatch,
+        learning_rate=learning_rate(config),
+        head_learning_rate=train.head_learning_rate,
+        warmup=train.warmup_steps,
+        decay=train.schedule == "linear",
+    )
+
+
+def personal_plan(config: RunConfig) -> Plan:
+    """The steps of personalisation: they go on where the last round ended, and decay on their own."""
+    personal, train = config.personal, config.train
+    rate = learning_rate(config) * PERSONAL_SHARE if personal.learning_rate == "auto" else personal.learning_rate
+    return Plan(
+        first=config.federation.rounds * train.steps,
+        count=personal.steps,
+        total=config.federation.rounds * train.steps + personal.steps,
+        batch_size=train.batch_size,
+        microbatch=train.microbatch,
+        learning_rate=rate,
+        head_learning_rate=train.head_learning_rate * PERSONAL_SHARE,
+        warmup=0,
+        decay=False,
+    )
+
+
+def train(
+    model: Any,
+    parameters: Mapping[str, nn.Parameter],
+    rows: Sequence[Encoded],
+    plan: Plan,
+    *,
+    kind: Kind,
+    pad_id: int,
+    seed: int,
+    client: str,
+) -> float:
+    """Take the plan's AdamW steps on `parameters` in place and return the mean training loss (nats).
+
+    Args:
+        model: the transformers model (not the PEFT wrapper) that holds the parameters.
+        rows: the client's training examples; which of them a step takes is drawn from (seed, client, step).
+    """
+    loss_of = classification_loss if kind == "classification" else causal_loss
+    device = next(iter(parameters.values())).device
+    heads = [p for name, p in parameters.items() if name.startswith(HEAD)]
+    cores = [p for name, p in parameters.items() if not name.startswith(HEAD)]
+    groups = [
+        {"params": params, "base": base}
+        for params, base in ((cores, plan.learning_rate), (heads, plan.head_learning_rate))
+        if params
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=plan.learning_rate, weight_decay=0.0)
+    losses: list[Tensor] = []
+    model.train()
+    torch.manual_seed(_dropout_seed(seed, client, plan.first))
+    for step in range(plan.first, plan.first + plan.count):
+        drawn = [rows[i] for i in draw(len(rows), step, plan.batch_size, seed, client)]
+        drawn.sort(key=len)  # neighbours of like length have little padding
+        for group in optimiser.param_groups:
+            group["lr"] = group["base"] * plan.factor(step)
+        optimiser.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=device)
+        for start in range(0, len(drawn), plan.microbatch):
+            part = drawn[start : start + plan.microbatch]
+            loss = loss_of(model, collate(part, pad_id, kind).to(device)) * (len(part) / len(drawn))
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        optimiser.step()
+        losses.append(total)
+    model.eval()
+    return float(torch.stack(losses).mean()) if losses else float("nan")
+
+
+def _dropout_seed(seed: int, client: str, step: int) -> int:
+    return int(generator(seed, "dropout", client, step).integers(2**31))

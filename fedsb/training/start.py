@@ -1,0 +1,75 @@
+"""How a run starts: the basis that its configuration asks for."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from fedsb.adapters.attach import shapes_of
+from fedsb.adapters.tuner import adapted_layers
+from fedsb.basis.frames import DTYPES, Basis
+from fedsb.basis.gradient import gradient_basis
+from fedsb.basis.spectral import random_basis, weights_basis
+from fedsb.config import RunConfig
+from fedsb.data.batches import Batch, collate, encode
+from fedsb.data.tasks import load_task
+from fedsb.errors import BasisError
+from fedsb.training.loss import causal_loss, classification_loss
+
+MICROBATCH = 4  # examples per backward pass of the estimate: half a training step's activations or fewer
+
+
+def can_rebuild(config: RunConfig) -> bool:
+    """Whether a client can build the basis by itself, so that it need not be sent."""
+    return config.basis.source != "public"
+
+
+def needs_weights(config: RunConfig) -> bool:
+    """Whether building the basis takes the model's weights, or only its shapes."""
+    return config.basis.source != "random"
+
+
+def build_basis(config: RunConfig, model: Any, tokenizer: Any, device: torch.device) -> Basis:
+    """Build the basis, in the dtype in which it is kept and sent.
+
+    Args:
+        config: the run.
+        model: the PEFT model of `attach`; on the meta device if `needs_weights` says no.
+        tokenizer: only used for `basis.source = "public"`.
+        device: where the model is.
+    """
+    section = config.basis
+    if section.source == "random":
+        basis = random_basis(shapes_of(model), config.adapter.rank, config.seed)
+    elif section.source == "weights":
+        layers = {name: layer.get_base_layer() for name, layer in adapted_layers(model).items()}
+        basis = weights_basis(layers, config.adapter.rank, config.seed)
+    else:
+        basis = _public_basis(config, model, tokenizer, device)
+    return basis.to(DTYPES[section.dtype])
+
+
+def _public_basis(config: RunConfig, model: Any, tokenizer: Any, device: torch.device) -> Basis:
+    section = config.basis
+    loss = classification_loss if config.model.kind == "classification" else causal_loss
+    transformer = model.get_base_model()
+    return gradient_basis(
+        {name: layer.get_base_layer() for name, layer in adapted_layers(model).items()},
+        _public_batches(config, tokenizer, device),
+        lambda batch: loss(transformer, batch),
+        config.adapter.rank,
+        seed=config.seed,
+        sign=section.sign,
+        r0_scale=section.eta if section.r0 == "paper" else 0.0,
+    )
+
+
+def _public_batches(config: RunConfig, tokenizer: Any, device: torch.device) -> Iterator[Batch]:
+    task, kind = config.basis.public, config.model.kind
+    assert task is not None  # RunConfig checks it
+    examples = load_task(task, "train", config.seed)[: config.basis.examples]
+    if not examples:
+        raise BasisError("[basis.public] has no examples; give it some")
+    rows = encode(examples, tokenizer, config.data.max_length, config.data.system_prompt, kind)
+    for start in range(0, len(rows), MICROBATCH):
+        yield collate(rows[start : start + MICROBATCH], tokenizer.pad_token_id, kind).to(device)

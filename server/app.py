@@ -1,0 +1,76 @@
+"""The Flower ServerApp: Fed-SB from beginning to end (arXiv 2502.15436, algorithm 1).
+
+    1. choose the basis (B, A) once            everybody has the same: proved by its fingerprint
+    2. repeat for every round:
+         a. send the global core R to the clients drawn for this round
+         b. each trains R on its own data      clients/app.py
+         c. R ← exact mean of what came back   strategies/fedsb.py → fedsb/aggregation/mean.py
+         d. write a checkpoint
+    3. each client goes on from R alone; what it publishes is its personal core
+    4. score base, global and personal on every client's own test set
+"""
+
+import time
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedsb.config import RunConfig
+from fedsb.report.journal import Journal
+from fedsb.report.screen import screen
+from fedsb.store.files import write_json
+from server.federation import Federation
+from server.run_folder import open_run
+from server.summary import summarise
+from strategies.rounds import run_rounds
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the federation that the run config names: `config` (a path or JSON), `set`, `out`, `resume`."""
+    config, folder, resume = read_run_config(context)
+    open_run(folder, config, resume)
+    show = screen(config.runtime.progress)
+    try:
+        federate(config, grid, folder, Journal(folder / "events.jsonl", show))
+    finally:
+        show.close()
+
+
+def federate(config: RunConfig, grid: Grid, folder: Path, journal: Journal) -> None:
+    """The algorithm above. What it leaves in `folder` is described in docs/design.md."""
+    started = time.monotonic()
+    run = Federation(config, grid, folder, journal)
+    basis = run.choose_basis()
+    run.prepare_clients(basis)
+    strategy = run.strategy(basis)
+    done, state = run.restore_or_start(basis)
+    rounds, seconds = config.federation.rounds, config.federation.round_seconds
+    state = run_rounds(
+        grid, strategy, state, first=done + 1, last=rounds, seconds=seconds, before_round=run.announce, after_round=run.checkpoint
+    )
+    run.personalise(strategy, state)
+    evaluation = {
+        which: run.evaluate(strategy, state, ConfigRecord({"which": which})) for which in ("base", "global", "personal")
+    }
+    journal.tell("end", seconds=round(time.monotonic() - started, 3))
+    write_json(folder / "summary.json", summarise(run, basis, evaluation, time.monotonic() - started))
+
+
+def read_run_config(context: Context) -> tuple[RunConfig, Path, bool]:
+    """The configuration, the run's folder, and whether to resume.
+
+    `config` is a path (relative to the working folder or to this app) or the configuration itself as JSON.
+    """
+    values = context.run_config
+    text = str(values["config"])
+    if text.startswith("{"):
+        config = RunConfig.from_json(text)
+    else:
+        path = Path(text) if Path(text).exists() else Path(__file__).parents[1] / text
+        config = RunConfig.load(path, [line for line in str(values.get("set", "")).splitlines() if line])
+    out = str(values.get("out", ""))
+    return config, Path(out) if out else Path("runs") / config.name, bool(values.get("resume", False))

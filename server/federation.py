@@ -1,0 +1,230 @@
+"""The steps of a federation at the server, each called once by `server/app.py`, in the order in which they stand here."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord
+from flwr.serverapp import Grid
+
+from fedsb.adapters.attach import attach, initial_state, layout_of
+from fedsb.adapters.state import CORE, Layout
+from fedsb.aggregation.error import AggregationError
+from fedsb.basis.frames import Basis
+from fedsb.basis.spectral import seeded
+from fedsb.config import RunConfig
+from fedsb.data.tasks import label_names
+from fedsb.errors import BasisError, FederationError, ReplyError, StoreError
+from fedsb.models import device_of, load_model, load_tokenizer, locate, outline_model
+from fedsb.report.journal import Journal
+from fedsb.store import adapters, checkpoint
+from fedsb.store.basis_files import load_basis, save_basis
+from fedsb.training.start import build_basis, can_rebuild, needs_weights
+from strategies.fedsb import FedSB
+from strategies.records import (
+    ARRAYS,
+    LOSS,
+    PERSONALISE,
+    PREPARE,
+    SECONDS,
+    Identity,
+    Order,
+    metric,
+    order_message,
+    pack_basis,
+    pack_state,
+    unpack_state,
+)
+from strategies.rounds import Exchange, RoundResult, Traffic, wait_for_nodes
+
+
+class Federation:
+    """What the server knows in the course of a run."""
+
+    def __init__(self, config: RunConfig, grid: Grid, folder: Path, journal: Journal) -> None:
+        self.config, self.grid, self.folder, self.journal = config, grid, folder, journal
+        self.source = locate(config.model.source)
+        self.labels = len(label_names(config.data.tasks[0])) if config.model.kind == "classification" else None
+        self.layout: Layout = layout_of(self._model(with_weights=False))
+        self.roster: dict[int, str] = {}
+        self.traffic = Traffic()
+        self.history: list[dict[str, Any]] = []
+        journal.tell(
+            "start",
+            run=config.name,
+            clients=config.federation.clients,
+            model=config.model.source,
+            method=config.adapter.method,
+            rank=config.adapter.rank,
+            trainable=self.layout.size,
+        )
+
+    def choose_basis(self) -> Basis:
+        """Step 1: build the basis, or take the one that this run has already."""
+        started = time.monotonic()
+        stored = sorted((self.folder / "basis").glob("*.safetensors"))
+        if stored:
+            basis = load_basis(self.folder, stored[0].stem)
+        else:
+            weights = needs_weights(self.config)
+            tokenizer = load_tokenizer(self.source)
+            basis = build_basis(self.config, self._model(with_weights=weights), tokenizer, device_of(self.config.runtime.device))
+            save_basis(self.folder, basis)
+        self.journal.tell(
+            "basis",
+            source=self.config.basis.source,
+            fingerprint=basis.fingerprint,
+            bytes=basis.nbytes,
+            sent=not can_rebuild(self.config),
+            seconds=round(time.monotonic() - started, 3),
+        )
+        return basis
+
+    def prepare_clients(self, basis: Basis) -> None:
+        """Get every client's name, and see to it that it has the basis: rebuilt and proved, or sent."""
+        federation = self.config.federation
+        nodes = wait_for_nodes(self.grid, federation.min_clients, federation.wait_seconds)
+        self.journal.tell("stage", title="preparing clients", clients=len(nodes))
+        packed = pack_basis(basis)
+        behind = self._prepare(basis, nodes, None if can_rebuild(self.config) else packed)
+        if behind:  # their linear algebra rounds differently
+            behind = self._prepare(basis, behind, packed)
+        if behind or len(self.roster) < federation.min_clients:
+            raise FederationError(
+                f"{len(self.roster)} clients hold the basis where federation.min_clients = {federation.min_clients} are "
+                "needed; events.jsonl names what was refused"
+            )
+
+    def strategy(self, basis: Basis) -> FedSB:
+        """Step 2's strategy."""
+        error = AggregationError(basis, seeded(self.config.seed, "probe"))
+        return FedSB(self.config, self.layout, basis.fingerprint, self.roster, error, self.journal.tell)
+
+    def restore_or_start(self, basis: Basis) -> tuple[int, ArrayRecord]:
+        """The last finished round and its state; before the first round, the core at the start."""
+        last = checkpoint.latest(self.folder, self.config.digest())
+        if last is None:
+            state = initial_state(self.layout, self.config.seed) | {name + CORE: r0 for name, r0 in basis.R0.items()}
+            return 0, pack_state(self.layout.flatten(state), self.config.federation.wire_dtype)
+        if last.basis_fingerprint != basis.fingerprint:
+            raise BasisError(f"{self.folder}: the checkpoint is of another basis than basis/; choose another --out")
+        self.traffic = Traffic(**last.progress["bytes"])
+        self.history = last.progress["history"]
+        self.journal.tell("resumed", round=last.round)
+        return last.round, pack_state(self.layout.flatten(last.state), self.config.federation.wire_dtype)
+
+    def announce(self, server_round: int, clients: int) -> None:
+        """Step 2a: say that a round begins."""
+        self.journal.tell("stage", title=f"round {server_round}/{self.config.federation.rounds}", clients=clients)
+
+    def checkpoint(self, result: RoundResult) -> None:
+        """Step 2d: a round is over when its checkpoint is on disk."""
+        assert result.metrics is not None
+        self.traffic.add(result.traffic)
+        entry = {
+            "round": result.round,
+            "loss": result.metrics[LOSS],
+            "aggregation_error": result.metrics["aggregation-error"],
+            "clients": result.metrics["clients"],
+            "up": result.traffic.up,
+            "down": result.traffic.down,
+            "seconds": round(result.seconds, 3),
+        }
+        self.history.append(entry)
+        state = self.layout.unflatten(unpack_state(result.arrays))
+        basis = self._stored_basis()
+        progress = {"bytes": vars(self.traffic), "history": self.history}
+        checkpoint.save(self.folder, checkpoint.Checkpoint(result.round, state, self.config.digest(), basis, progress))
+        for node in result.silent:
+            self.journal.tell("silent", round=result.round, client=self.roster.get(node, f"node {node}"))
+        self.journal.tell("round", rounds=self.config.federation.rounds, **entry)
+
+    def personalise(self, strategy: FedSB, state: ArrayRecord) -> None:
+        """Step 3: every client that has not yet published from this state goes on alone; its core enters the store."""
+        rounds, store = self.config.federation.rounds, self.folder / "adapters"
+        missing = {node: name for node, name in self.roster.items() if name not in adapters.clients(store)}
+        if not missing:
+            return
+        started = time.monotonic()
+        self.journal.tell("stage", title="personalising", clients=len(missing))
+        exchange = Exchange(self.grid, self.config.federation.round_seconds)
+        order = strategy.order(rounds)
+        messages = [order_message(node, PERSONALISE, order, state) for _, node in sorted((n, i) for i, n in missing.items())]
+        for client, reply in strategy.accepted(rounds, exchange(messages)):
+            try:
+                personal = strategy.usable(reply)
+            except ReplyError as error:
+                strategy.refuse(rounds, client, error)
+                continue
+            adapters.publish(
+                store,
+                client,
+                self.layout.unflatten(personal),
+                base_model=adapters.ModelId(name=self.source.name, sha256=self.source.sha256),
+                method=self.config.adapter.method,
+                rank=self.config.adapter.rank,
+                scale=1.0,
+                basis_fingerprint=strategy.basis,
+                round=rounds,
+                task=Identity.of(reply).task,
+            )
+            self.journal.tell("reply", round=rounds, client=client, loss=metric(reply, LOSS), seconds=metric(reply, SECONDS))
+        self.traffic.add(exchange.traffic)
+        self.journal.tell(
+            "personalised",
+            clients=len(adapters.clients(store)),
+            up=exchange.traffic.up,
+            down=exchange.traffic.down,
+            seconds=round(time.monotonic() - started, 3),
+        )
+
+    def evaluate(self, strategy: FedSB, state: ArrayRecord, question: ConfigRecord) -> dict[str, dict[str, Any]]:
+        """Step 4: one of base, global, personal on every client's own test set."""
+        rounds = self.config.federation.rounds
+        self.journal.tell("stage", title=f"scoring {question['which']}", clients=len(self.roster))
+        exchange = Exchange(self.grid, self.config.federation.round_seconds)
+        messages = strategy.configure_evaluate(rounds, state, question, self.grid)
+        scores = {}
+        for client, score in strategy.scores(rounds, exchange(messages)):
+            scores[client] = score
+            self.journal.tell("scored", which=question["which"], client=client, **score)
+        self.traffic.add(exchange.traffic)
+        return scores
+
+    def _model(self, *, with_weights: bool) -> Any:
+        section, device = self.config.model, device_of(self.config.runtime.device)
+        if with_weights:
+            return attach(load_model(self.source, section, self.labels, device), self.config)
+        return attach(outline_model(self.source, section, self.labels), self.config)
+
+    def _prepare(self, basis: Basis, nodes: list[int], arrays: ArrayRecord | None) -> list[int]:
+        """Ask nodes to get hold of the basis; returns those that ended up with another one."""
+        exchange = Exchange(self.grid, self.config.federation.round_seconds)
+        order = Order(self.config.to_json(), 0, basis.fingerprint)
+        behind = []
+        for reply in exchange([order_message(node, PREPARE, order, arrays) for node in nodes]):
+            node = reply.metadata.src_node_id
+            try:
+                if reply.has_error():
+                    raise ReplyError(f"failed: {reply.error.reason}")
+                identity = Identity.of(reply)
+                if identity.client in self.roster.values():
+                    raise ReplyError(f"bears the name {identity.client}, which another client has")
+            except ReplyError as error:
+                self.journal.tell("refused", round=0, client=f"node {node}", reason=str(error))
+                continue
+            if identity.basis != basis.fingerprint:
+                behind.append(node)
+            else:
+                self.roster[node] = identity.client
+                self.journal.tell("prepared", client=identity.client)
+        self.traffic.basis += exchange.traffic.down if arrays is not None else 0
+        self.traffic.down += exchange.traffic.down if arrays is None else 0
+        self.traffic.up += exchange.traffic.up
+        return behind
+
+    def _stored_basis(self) -> str:
+        stored = sorted((self.folder / "basis").glob("*.safetensors"))
+        if not stored:
+            raise StoreError(f"{self.folder}/basis is empty; the run cannot go on without its basis")
+        return stored[0].stem

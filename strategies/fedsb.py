@@ -1,0 +1,175 @@
+"""Fed-SB: clients train cores on one frozen basis, and the server takes their exact mean.
+
+Singhal et al., "Fed-SB: A Silver Bullet for Extreme Communication Efficiency and Performance in (Private) Federated LoRA
+Fine-Tuning", arXiv 2502.15436, section 3. This file translates between messages and `fedsb/aggregation`; it has no
+arithmetic of its own.
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from fedsb.adapters.state import Layout
+from fedsb.aggregation.checks import check_equal, check_vector, check_weight
+from fedsb.aggregation.error import AggregationError
+from fedsb.aggregation.mean import Mean
+from fedsb.config import RunConfig
+from fedsb.errors import ReplyError
+from strategies.records import (
+    ARRAYS,
+    EVALUATE,
+    EXACT_MATCH,
+    EXAMPLES,
+    LOSS,
+    SECONDS,
+    TRAIN,
+    Identity,
+    Order,
+    metric,
+    order_message,
+    pack_state,
+    unpack_state,
+)
+
+Tell = Callable[..., None]
+
+
+class FedSB(Strategy):
+    """Flower strategy for Fed-SB.
+
+    Args:
+        config: the run.
+        layout: names and shapes of a state.
+        basis: fingerprint of the basis.
+        roster: node id → client name, kept up to date by the server.
+        error: measures the aggregation error on the real matrices.
+        tell: called with an event's name and fields, for the journal.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        layout: Layout,
+        basis: str,
+        roster: Mapping[int, str],
+        error: AggregationError,
+        tell: Tell,
+    ) -> None:
+        self.config, self.layout, self.basis = config, layout, basis
+        self.roster, self.error, self.tell = roster, error, tell
+
+    def order(self, server_round: int, which: str = "") -> Order:
+        """What clients are told in a round."""
+        return Order(self.config.to_json(), server_round, self.basis, which)
+
+    def sample(self, server_round: int) -> list[int]:
+        """Nodes of the clients drawn for a round: by name and seed, so independent of node ids and order of arrival."""
+        by_name = sorted((name, node) for node, name in self.roster.items())
+        federation = self.config.federation
+        wanted = max(federation.min_clients, math.ceil(federation.fraction * len(by_name)))
+        drawn = random.Random(f"{self.config.seed}:sample:{server_round}").sample(by_name, min(wanted, len(by_name)))
+        return [node for _, node in sorted(drawn)]
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The global state to every client drawn for this round."""
+        return [order_message(node, TRAIN, self.order(server_round), arrays) for node in self.sample(server_round)]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The exact mean of the cores that pass their checks; None if fewer than `min_clients` do."""
+        mean, losses = Mean(self.layout.size), Mean(1)
+        self.error.start()
+        for client, reply in self.accepted(server_round, replies):
+            try:
+                examples, loss = metric(reply, EXAMPLES), metric(reply, LOSS)
+                check_weight(examples)
+                vector = self.usable(reply)
+            except ReplyError as error:
+                self.refuse(server_round, client, error)
+                continue
+            weight = float(examples) if self.config.federation.weighting == "examples" else 1.0
+            mean.add(vector, weight)
+            losses.add(vector.new_tensor([loss]), weight)
+            self.error.add(self.layout.unflatten(vector), weight)
+            self.tell("reply", round=server_round, client=client, loss=loss, seconds=metric(reply, SECONDS))
+        if mean.count < self.config.federation.min_clients:
+            return None, None
+        average = mean.result()
+        error = self.error.result(self.layout.unflatten(average))
+        metrics = MetricRecord({LOSS: float(losses.result()), "aggregation-error": error, "clients": mean.count})
+        return pack_state(average, self.config.federation.wire_dtype), metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The question `config["which"]` (base, global or personal) to every client; only `global` carries a state."""
+        which = str(config["which"])
+        order, state = self.order(server_round, which), arrays if which == "global" else None
+        return [order_message(node, EVALUATE, order, state) for _, node in sorted((n, i) for i, n in self.roster.items())]
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Mean loss and exact match over all test examples."""
+        scores = dict(self.scores(server_round, replies))
+        total = sum(score["n"] for score in scores.values())
+        if not total:
+            return None
+        return MetricRecord(
+            {key: sum(s[key] * s["n"] for s in scores.values()) / total for key in ("loss", "exact_match")} | {"n": total}
+        )
+
+    def scores(self, server_round: int, replies: Iterable[Message]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Each client's own score: its name and loss, exact_match, n, task."""
+        for client, reply in self.accepted(server_round, replies):
+            try:
+                score = {"loss": metric(reply, LOSS), "exact_match": metric(reply, EXACT_MATCH), "n": int(metric(reply, EXAMPLES))}
+            except ReplyError as error:
+                self.refuse(server_round, client, error)
+                continue
+            yield client, score | {"task": Identity.of(reply).task}
+
+    def accepted(self, server_round: int, replies: Iterable[Message]) -> Iterator[tuple[str, Message]]:
+        """The replies that answer this round's question, with their clients' names; the others are refused and named."""
+        answered: set[str] = set()
+        for reply in replies:
+            client = self.roster.get(reply.metadata.src_node_id, f"node {reply.metadata.src_node_id}")
+            try:
+                if reply.has_error():
+                    raise ReplyError(f"failed: {reply.error.reason}")
+                identity = Identity.of(reply)
+                check_equal("client", identity.client, client)
+                check_equal("round", identity.round, server_round)
+                check_equal("basis", identity.basis, self.basis)
+                check_equal("layout", identity.layout, self.layout.fingerprint)
+                if client in answered:
+                    raise ReplyError("answered twice")
+            except ReplyError as error:
+                self.refuse(server_round, client, error)
+                continue
+            answered.add(client)
+            yield client, reply
+
+    def usable(self, reply: Message) -> Tensor:
+        """The flat state of a reply. Raises ReplyError if there is none, or one that must not be counted."""
+        try:
+            record = reply.content[ARRAYS]
+        except KeyError:
+            raise ReplyError("sent no arrays") from None
+        vector = unpack_state(record)
+        check_vector(vector, self.layout.size)
+        return vector
+
+    def refuse(self, server_round: int, client: str, error: ReplyError) -> None:
+        """Write down who was left out of a round, and why."""
+        self.tell("refused", round=server_round, client=client, reason=str(error))
+
+    def summary(self) -> None:
+        """Nothing to log: the journal tells it."""

@@ -1,0 +1,173 @@
+"""What travels: the only file that knows the keys of records. Server and clients meet here.
+
+A state travels as one flat array, since Flower handles each array as an object of its own; its layout is proved by a
+fingerprint. bf16 goes over the wire as bf16, which Flower's `Array` does not know, so it gets a code of its own.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from torch import Tensor
+
+from fedsb.basis.frames import Basis
+from fedsb.errors import ReplyError
+
+PREPARE, TRAIN, PERSONALISE, EVALUATE = "query.prepare", "train", "train.personalise", "evaluate"
+ARRAYS, CONFIG, METRICS, IDENTITY, BASIS = "arrays", "config", "metrics", "identity", "basis"
+EXAMPLES, LOSS, SECONDS, EXACT_MATCH = "num-examples", "loss", "seconds", "exact-match"
+STATE = "state"
+RAW_BF16 = "fedsb.bf16"  # little-endian bytes of a contiguous bf16 tensor
+
+
+def to_array(tensor: Tensor, dtype: str) -> Array:
+    """A tensor → an Array; fp32 in Flower's own encoding, so that Flower's strategies can read it."""
+    if dtype == "fp32":
+        return Array(np.ascontiguousarray(tensor.detach().to("cpu", torch.float32).numpy()))
+    raw = tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
+    return Array("bfloat16", tuple(tensor.shape), RAW_BF16, raw)
+
+
+def from_array(array: Array) -> Tensor:
+    """An Array → a tensor in the dtype that travelled. Raises ReplyError if it is neither fp32 nor bf16, or torn."""
+    try:
+        if array.stype == RAW_BF16:
+            return torch.frombuffer(bytearray(array.data), dtype=torch.bfloat16).view(array.shape)
+        numbers = array.numpy()
+    except (ValueError, RuntimeError, TypeError, EOFError) as error:
+        raise ReplyError(f"sent an array that cannot be decoded ({error})") from None
+    if numbers.dtype != np.float32:
+        raise ReplyError(f"sent an array of {numbers.dtype} where float32 or bfloat16 was expected")
+    return torch.from_numpy(numbers)
+
+
+def pack_state(vector: Tensor, dtype: str) -> ArrayRecord:
+    """A flat state (size,) → its record."""
+    return ArrayRecord({STATE: to_array(vector, dtype)})
+
+
+def unpack_state(record: ArrayRecord) -> Tensor:
+    """A record → the flat state (size,), fp32. Raises ReplyError if there is none."""
+    if list(record.keys()) != [STATE]:
+        raise ReplyError(f"sent the arrays {sorted(record)[:3]} where ['{STATE}'] was expected")
+    return from_array(record[STATE]).to(torch.float32)
+
+
+def pack_basis(basis: Basis) -> ArrayRecord:
+    """B, A and nothing else of a basis: what a client receives that cannot rebuild it."""
+    dtype = "bf16" if next(iter(basis.B.values())).dtype == torch.bfloat16 else "fp32"
+    sides = (("B", basis.B), ("A", basis.A))
+    return ArrayRecord({f"{side}:{name}": to_array(t, dtype) for side, tensors in sides for name, t in tensors.items()})
+
+
+def unpack_basis(record: ArrayRecord) -> Basis:
+    """The inverse of `pack_basis`; R0 is zero, since the server sends the core at the start with the first round."""
+    sides: dict[str, dict[str, Tensor]] = {"B": {}, "A": {}}
+    for key, array in record.items():
+        side, _, name = key.partition(":")
+        sides[side][name] = from_array(array)
+    rank = next(iter(sides["B"].values())).shape[1]
+    return Basis(sides["B"], sides["A"], {name: torch.zeros(rank, rank) for name in sides["B"]})
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the server asks of a client, beside arrays.
+
+    Attributes:
+        run: the whole configuration as JSON; the same text gives the same session at a client.
+        round: the server's round; 0 before the first.
+        basis: fingerprint of the basis that states in this message belong to.
+        which: for `evaluate`: base, global or personal.
+    """
+
+    run: str
+    round: int
+    basis: str
+    which: str = ""
+
+    def record(self) -> ConfigRecord:
+        """As it travels."""
+        return ConfigRecord({"run": self.run, "round": self.round, "basis": self.basis, "which": self.which})
+
+    @classmethod
+    def of(cls, message: Message) -> "Order":
+        """Read the order of a message."""
+        config = message.content[CONFIG]
+        return cls(str(config["run"]), int(config["round"]), str(config["basis"]), str(config["which"]))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who answers, and what the answer belongs to."""
+
+    client: str
+    round: int
+    basis: str
+    layout: str
+    task: str = ""
+
+    def record(self) -> ConfigRecord:
+        """As it travels."""
+        return ConfigRecord(
+            {"client": self.client, "round": self.round, "basis": self.basis, "layout": self.layout, "task": self.task}
+        )
+
+    @classmethod
+    def of(cls, message: Message) -> "Identity":
+        """Read the identity of a reply. Raises ReplyError if it has none."""
+        try:
+            config = message.content[IDENTITY]
+            return cls(
+                str(config["client"]),
+                int(config["round"]),  # type: ignore[arg-type]
+                str(config["basis"]),
+                str(config["layout"]),
+                str(config["task"]),
+            )
+        except (KeyError, TypeError, ValueError):
+            raise ReplyError("sent a reply that does not say what it answers") from None
+
+
+def order_message(node: int, kind: str, order: Order, arrays: ArrayRecord | None = None) -> Message:
+    """A message from the server to one node."""
+    content = RecordDict({CONFIG: order.record()})
+    if arrays is not None:
+        content[BASIS if kind == PREPARE else ARRAYS] = arrays
+    return Message(content, node, kind, group_id=str(order.round))
+
+
+def reply_message(
+    message: Message, identity: Identity, metrics: Mapping[str, int | float] | None = None, state: ArrayRecord | None = None
+) -> Message:
+    """A client's reply."""
+    content = RecordDict({IDENTITY: identity.record()})
+    if metrics is not None:
+        content[METRICS] = MetricRecord(dict(metrics))
+    if state is not None:
+        content[ARRAYS] = state
+    return Message(content, reply_to=message)
+
+
+def metric(message: Message, key: str) -> float:
+    """One number of a reply. Raises ReplyError if it is missing or no number."""
+    try:
+        value = message.content[METRICS][key]
+    except KeyError:
+        raise ReplyError(f"left out the metric {key}") from None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ReplyError(f"sent {value!r} as metric {key}")
+    return value
+
+
+def bytes_of(message: Message) -> int:
+    """Bytes of a message's records: array data, keys, and values (numbers count 8)."""
+    if not message.has_content():
+        return 0
+    return sum(
+        len(key) + (len(value.data) if isinstance(value, Array) else len(value) if isinstance(value, str | bytes) else 8)
+        for record in message.content.values()
+        for key, value in record.items()
+    )

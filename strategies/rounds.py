@@ -1,0 +1,139 @@
+"""The round loop: bounded waits, replies handled one by one as they come, every byte counted, resumable at any round.
+
+Flower's own loop waits without bound, loses the whole run to one bad reply and cannot resume; this one drives the same
+`Strategy` interface, so Flower's strategies drop in.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedsb.errors import FederationError
+from strategies.records import bytes_of
+
+POLL_SECONDS = 0.2
+
+
+@dataclass
+class Traffic:
+    """Bytes of all messages of a run, by purpose."""
+
+    basis: int = 0
+    up: int = 0
+    down: int = 0
+
+    def add(self, other: "Traffic") -> None:
+        """Add another count to this one."""
+        self.basis, self.up, self.down = self.basis + other.basis, self.up + other.up, self.down + other.down
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What one round brought."""
+
+    round: int
+    arrays: ArrayRecord
+    metrics: MetricRecord | None
+    traffic: Traffic
+    silent: list[int]
+    seconds: float
+
+
+@dataclass
+class Exchange:
+    """Sends messages and yields their replies, each as it comes, for at most `seconds`.
+
+    Attributes:
+        grid: where the nodes are.
+        seconds: the bound; replies that come later are dropped.
+        traffic: what this exchange moved, counted as it moves.
+        silent: nodes that had not answered in time.
+    """
+
+    grid: Grid
+    seconds: float
+    traffic: Traffic = field(default_factory=Traffic)
+    silent: list[int] = field(default_factory=list)
+
+    def __call__(self, messages: Iterable[Message]) -> Iterator[Message]:
+        """Yield the replies in order of arrival."""
+        outgoing = list(messages)
+        self.traffic.down += sum(map(bytes_of, outgoing))
+        ids = list(self.grid.push_messages(outgoing))
+        waiting = dict(zip(ids, (m.metadata.dst_node_id for m in outgoing), strict=True))
+        deadline = time.monotonic() + self.seconds
+        while waiting:
+            progressed = False
+            for reply in self.grid.pull_messages(list(waiting)):
+                progressed = True
+                if waiting.pop(reply.metadata.reply_to_message_id, None) is not None:
+                    self.traffic.up += bytes_of(reply)
+                    yield reply
+                if time.monotonic() > deadline:
+                    break
+            if time.monotonic() > deadline:
+                break
+            if waiting and not progressed:
+                time.sleep(POLL_SECONDS)
+        self.silent = list(waiting.values())
+
+
+def wait_for_nodes(grid: Grid, count: int, seconds: float) -> list[int]:
+    """Node ids once at least `count` nodes are there, sorted. Raises FederationError after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while len(nodes := sorted(grid.get_node_ids())) < count:
+        if time.monotonic() > deadline:
+            raise FederationError(
+                f"{len(nodes)} clients are connected where federation.min_clients = {count} are needed, after waiting "
+                f"{seconds:.0f} s; start more clients or lower federation.min_clients"
+            )
+        time.sleep(POLL_SECONDS)
+    return nodes
+
+
+def run_rounds(
+    grid: Grid,
+    strategy: Strategy,
+    arrays: ArrayRecord,
+    *,
+    first: int,
+    last: int,
+    seconds: float,
+    before_round: Callable[[int, int], None] = lambda server_round, clients: None,
+    after_round: Callable[[RoundResult], None],
+    config: Callable[[int], ConfigRecord] = lambda _: ConfigRecord(),
+) -> ArrayRecord:
+    """Configure → train → aggregate → hand over, from round `first` to round `last`, both included.
+
+    Args:
+        grid: where the clients are.
+        strategy: any Flower strategy; it gets the replies as an iterator, one at a time.
+        arrays: the global state before round `first`.
+        seconds: longest wait for the replies of one round.
+        before_round: called with each round's number and how many clients it asks.
+        after_round: called with each result, before the next round begins: the place to write a checkpoint.
+        config: round → what to tell the clients.
+
+    Returns:
+        The global state after round `last`.
+
+    Raises:
+        FederationError: a round without any usable reply.
+    """
+    for server_round in range(first, last + 1):
+        started = time.monotonic()
+        exchange = Exchange(grid, seconds)
+        messages = list(strategy.configure_train(server_round, arrays, config(server_round), grid))
+        before_round(server_round, len(messages))
+        aggregated, metrics = strategy.aggregate_train(server_round, exchange(messages))
+        if aggregated is None:
+            raise FederationError(
+                f"round {server_round}: no usable reply from {len(messages)} clients; events.jsonl names what was refused"
+            )
+        arrays = aggregated
+        after_round(RoundResult(server_round, arrays, metrics, exchange.traffic, exchange.silent, time.monotonic() - started))
+    return arrays
