@@ -68,13 +68,11 @@ class Session:
 
     def prepare(self, site: Site, wanted: str, sent: Basis | None = None) -> str:
         """Get hold of a basis: the one sent, the one at hand, the one on disk, or one built anew. Returns its fingerprint."""
-        if sent is not None:
-            self.use(sent)
-            save_basis(site.folder, sent)
-        elif self.basis != wanted and not self._restore(site, wanted) and can_rebuild(self.config):
-            built = build_basis(self.config, self.model, self.tokenizer, self.device)
-            self.use(built)
-            save_basis(site.folder, built)
+        at_hand, on_disk = self.basis == wanted, _basis_file(site, wanted).exists()
+        if sent is not None and not (at_hand and on_disk and sent.fingerprint == wanted):
+            self._take(site, sent)
+        elif sent is None and not (at_hand and on_disk) and not self._restore(site, wanted) and can_rebuild(self.config):
+            self._take(site, build_basis(self.config, self.model, self.tokenizer, self.device))
         return self.basis
 
     def require(self, site: Site, wanted: str) -> None:
@@ -133,12 +131,20 @@ class Session:
         set_basis(self.model, basis)
         self.basis = basis.fingerprint
 
+    def _take(self, site: Site, basis: Basis) -> None:
+        self.use(basis)
+        save_basis(site.folder, basis)
+
     def _restore(self, site: Site, wanted: str) -> bool:
         """Take a basis that was prepared before from the site's disk, if it is there."""
-        if not (site.folder / "basis" / f"{wanted}.safetensors").exists():
+        if not _basis_file(site, wanted).exists():
             return False
         self.use(load_basis(site.folder, wanted))
         return True
+
+
+def _basis_file(site: Site, fingerprint: str) -> Path:
+    return site.folder / "basis" / f"{fingerprint}.safetensors"
 
 
 @lru_cache(maxsize=1)

@@ -110,7 +110,8 @@ def _config(source: Source, labels: int | None) -> Any:
     if labels is not None:
         config.num_labels = labels
     if config.pad_token_id is None:
-        config.pad_token_id = config.eos_token_id
+        end = config.eos_token_id  # a list where several tokens end a text, as in Llama 3
+        config.pad_token_id = end[0] if isinstance(end, list | tuple) else end
     return config
 
 
@@ -142,7 +143,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _in_package(package: str) -> Path:
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # a parent that is missing, or no name at all
+        spec = None
     if spec is None or spec.origin is None:
         raise ModelError(
             f"the Python package {package} that carries the model is not installed; "

@@ -10,10 +10,11 @@
     4. score base, global and personal on every client's own test set
 """
 
+import contextlib
 import time
 from pathlib import Path
 
-from flwr.app import ConfigRecord, Context
+from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedsb.config import RunConfig
@@ -21,7 +22,7 @@ from fedsb.report.journal import Journal
 from fedsb.report.screen import screen
 from fedsb.store.files import write_json
 from server.federation import Federation
-from server.run_folder import open_run
+from server.run_folder import run_folder
 from server.summary import summarise
 from strategies.rounds import run_rounds
 
@@ -32,12 +33,8 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation that the run config names: `config` (a path or JSON), `set`, `out`, `resume`."""
     config, folder, resume = read_run_config(context)
-    open_run(folder, config, resume)
-    show = screen(config.runtime.progress)
-    try:
+    with run_folder(folder, config, resume), contextlib.closing(screen(config.runtime.progress)) as show:
         federate(config, grid, folder, Journal(folder / "events.jsonl", show))
-    finally:
-        show.close()
 
 
 def federate(config: RunConfig, grid: Grid, folder: Path, journal: Journal) -> None:
@@ -53,9 +50,7 @@ def federate(config: RunConfig, grid: Grid, folder: Path, journal: Journal) -> N
         grid, strategy, state, first=done + 1, last=rounds, seconds=seconds, before_round=run.announce, after_round=run.checkpoint
     )
     run.personalise(strategy, state)
-    evaluation = {
-        which: run.evaluate(strategy, state, ConfigRecord({"which": which})) for which in ("base", "global", "personal")
-    }
+    evaluation = {which: run.evaluate(strategy, state, which) for which in ("base", "global", "personal")}
     journal.tell("end", seconds=round(time.monotonic() - started, 3))
     write_json(folder / "summary.json", summarise(run, basis, evaluation, time.monotonic() - started))
 

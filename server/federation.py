@@ -9,6 +9,7 @@ from flwr.serverapp import Grid
 
 from fedsb.adapters.attach import attach, initial_state, layout_of
 from fedsb.adapters.state import CORE, Layout
+from fedsb.aggregation.checks import check_equal
 from fedsb.aggregation.error import AggregationError
 from fedsb.basis.frames import Basis
 from fedsb.basis.spectral import seeded
@@ -19,16 +20,17 @@ from fedsb.models import device_of, load_model, load_tokenizer, locate, outline_
 from fedsb.report.journal import Journal
 from fedsb.store import adapters, checkpoint
 from fedsb.store.basis_files import load_basis, save_basis
+from fedsb.store.files import read_events
 from fedsb.training.start import build_basis, can_rebuild, needs_weights
 from strategies.fedsb import FedSB
 from strategies.records import (
-    ARRAYS,
     LOSS,
     PERSONALISE,
     PREPARE,
     SECONDS,
     Identity,
     Order,
+    bytes_of,
     metric,
     order_message,
     pack_basis,
@@ -88,8 +90,10 @@ class Federation:
         packed = pack_basis(basis)
         behind = self._prepare(basis, nodes, None if can_rebuild(self.config) else packed)
         if behind:  # their linear algebra rounds differently
-            behind = self._prepare(basis, behind, packed)
-        if behind or len(self.roster) < federation.min_clients:
+            behind = self._prepare(basis, list(behind), packed)
+        for client in behind.values():
+            self.journal.tell("refused", round=0, client=client, reason="holds another basis, although it was sent this one")
+        if len(self.roster) < federation.min_clients:
             raise FederationError(
                 f"{len(self.roster)} clients hold the basis where federation.min_clients = {federation.min_clients} are "
                 "needed; events.jsonl names what was refused"
@@ -135,14 +139,16 @@ class Federation:
         basis = self._stored_basis()
         progress = {"bytes": vars(self.traffic), "history": self.history}
         checkpoint.save(self.folder, checkpoint.Checkpoint(result.round, state, self.config.digest(), basis, progress))
-        for node in result.silent:
-            self.journal.tell("silent", round=result.round, client=self.roster.get(node, f"node {node}"))
+        self._name_silent(result.round, result.silent)
         self.journal.tell("round", rounds=self.config.federation.rounds, **entry)
 
     def personalise(self, strategy: FedSB, state: ArrayRecord) -> None:
         """Step 3: every client that has not yet published from this state goes on alone; its core enters the store."""
         rounds, store = self.config.federation.rounds, self.folder / "adapters"
-        missing = {node: name for node, name in self.roster.items() if name not in adapters.clients(store)}
+        published = adapters.clients(store)
+        for moved in self._personal_traffic(published):
+            self.traffic.add(moved)
+        missing = {node: name for node, name in self.roster.items() if name not in published}
         if not missing:
             return
         started = time.monotonic()
@@ -152,10 +158,13 @@ class Federation:
         messages = [order_message(node, PERSONALISE, order, state) for _, node in sorted((n, i) for i, n in missing.items())]
         for client, reply in strategy.accepted(rounds, exchange(messages)):
             try:
-                personal = strategy.usable(reply)
+                personal, seconds = strategy.usable(reply), metric(reply, SECONDS)
+                loss = {"loss": metric(reply, LOSS)} if self.config.personal.steps else {}
             except ReplyError as error:
                 strategy.refuse(rounds, client, error)
                 continue
+            up, down = bytes_of(reply), bytes_of(messages[0])  # read back by _personal_traffic
+            self.journal.tell("personal", round=rounds, client=client, **loss, seconds=seconds, up=up, down=down)
             adapters.publish(
                 store,
                 client,
@@ -163,13 +172,12 @@ class Federation:
                 base_model=adapters.ModelId(name=self.source.name, sha256=self.source.sha256),
                 method=self.config.adapter.method,
                 rank=self.config.adapter.rank,
-                scale=1.0,
                 basis_fingerprint=strategy.basis,
                 round=rounds,
                 task=Identity.of(reply).task,
             )
-            self.journal.tell("reply", round=rounds, client=client, loss=metric(reply, LOSS), seconds=metric(reply, SECONDS))
         self.traffic.add(exchange.traffic)
+        self._name_silent(rounds, exchange.silent)
         self.journal.tell(
             "personalised",
             clients=len(adapters.clients(store)),
@@ -178,17 +186,18 @@ class Federation:
             seconds=round(time.monotonic() - started, 3),
         )
 
-    def evaluate(self, strategy: FedSB, state: ArrayRecord, question: ConfigRecord) -> dict[str, dict[str, Any]]:
+    def evaluate(self, strategy: FedSB, state: ArrayRecord, which: str) -> dict[str, dict[str, Any]]:
         """Step 4: one of base, global, personal on every client's own test set."""
         rounds = self.config.federation.rounds
-        self.journal.tell("stage", title=f"scoring {question['which']}", clients=len(self.roster))
+        self.journal.tell("stage", title=f"scoring {which}", clients=len(self.roster))
         exchange = Exchange(self.grid, self.config.federation.round_seconds)
-        messages = strategy.configure_evaluate(rounds, state, question, self.grid)
+        messages = strategy.configure_evaluate(rounds, state, ConfigRecord({"which": which}), self.grid)
         scores = {}
         for client, score in strategy.scores(rounds, exchange(messages)):
             scores[client] = score
-            self.journal.tell("scored", which=question["which"], client=client, **score)
+            self.journal.tell("scored", which=which, client=client, **score)
         self.traffic.add(exchange.traffic)
+        self._name_silent(rounds, exchange.silent)
         return scores
 
     def _model(self, *, with_weights: bool) -> Any:
@@ -197,31 +206,45 @@ class Federation:
             return attach(load_model(self.source, section, self.labels, device), self.config)
         return attach(outline_model(self.source, section, self.labels), self.config)
 
-    def _prepare(self, basis: Basis, nodes: list[int], arrays: ArrayRecord | None) -> list[int]:
-        """Ask nodes to get hold of the basis; returns those that ended up with another one."""
+    def _prepare(self, basis: Basis, nodes: list[int], arrays: ArrayRecord | None) -> dict[int, str]:
+        """Ask nodes to get hold of the basis; returns those that ended up with another one, and their names."""
         exchange = Exchange(self.grid, self.config.federation.round_seconds)
         order = Order(self.config.to_json(), 0, basis.fingerprint)
-        behind = []
+        behind = {}
         for reply in exchange([order_message(node, PREPARE, order, arrays) for node in nodes]):
             node = reply.metadata.src_node_id
             try:
                 if reply.has_error():
                     raise ReplyError(f"failed: {reply.error.reason}")
                 identity = Identity.of(reply)
+                check_equal("round", identity.round, 0)
+                check_equal("layout", identity.layout, self.layout.fingerprint)
+                if not adapters.CLIENT.fullmatch(identity.client):
+                    raise ReplyError(f"bears the name {identity.client[:63]!r}, which is none (a-z, 0-9, dot, dash, underscore)")
                 if identity.client in self.roster.values():
                     raise ReplyError(f"bears the name {identity.client}, which another client has")
             except ReplyError as error:
                 self.journal.tell("refused", round=0, client=f"node {node}", reason=str(error))
                 continue
             if identity.basis != basis.fingerprint:
-                behind.append(node)
+                behind[node] = identity.client
             else:
                 self.roster[node] = identity.client
                 self.journal.tell("prepared", client=identity.client)
         self.traffic.basis += exchange.traffic.down if arrays is not None else 0
         self.traffic.down += exchange.traffic.down if arrays is None else 0
         self.traffic.up += exchange.traffic.up
+        self._name_silent(0, exchange.silent)
         return behind
+
+    def _personal_traffic(self, published: list[str]) -> list[Traffic]:
+        """What was moved for clients that published before this run was resumed; told before they published."""
+        told = {e["client"]: e for e in read_events(self.journal.path) if e["event"] == "personal"}
+        return [Traffic(up=told[name]["up"], down=told[name]["down"]) for name in published if name in told]
+
+    def _name_silent(self, server_round: int, nodes: list[int]) -> None:
+        for node in nodes:
+            self.journal.tell("silent", round=server_round, client=self.roster.get(node, f"node {node}"))
 
     def _stored_basis(self) -> str:
         stored = sorted((self.folder / "basis").glob("*.safetensors"))

@@ -1,34 +1,68 @@
 """The folder of a run: made new, or gone on with."""
 
+import contextlib
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from fedsb.config import RunConfig
-from fedsb.errors import CheckpointError, StoreError
-from fedsb.store.files import read_file, write_file, writing
+from fedsb.errors import CheckpointError, FederationError, FedsbError, StoreError
+from fedsb.store.files import STAGED, clean_leftovers, read_file, write_file, writing
 
 CONFIG = "config.toml"
 
 
-def open_run(folder: Path, config: RunConfig, resume: bool) -> None:
-    """Make a run's folder and write its configuration down.
+@contextlib.contextmanager
+def run_folder(folder: Path, config: RunConfig, resume: bool) -> Iterator[None]:
+    """Open a run's folder (`open_run`) for what happens inside.
+
+    A run that turns out to be impossible (a model that is not there, a row that cannot be read, a full disk) before its
+    first checkpoint leaves nothing behind, so that the same command works once that is mended. A FederationError leaves
+    the folder: its events.jsonl tells which clients failed, and `--resume` goes on.
+    """
+    there = folder.exists()
+    new = open_run(folder, config, resume)
+    try:
+        yield
+    except FederationError:
+        raise
+    except FedsbError:
+        if new and not (folder / "checkpoints").exists():
+            _remove(folder, keep=there)
+        raise
+
+
+def open_run(folder: Path, config: RunConfig, resume: bool) -> bool:
+    """Make a run's folder and write its configuration down; returns whether the run is a new one.
 
     Raises:
         StoreError: something is there already and `resume` is not set, so nothing is overwritten.
         CheckpointError: `resume` with another configuration than the one the run began with.
+        DiskError: the folder cannot be made; then nothing of it is left.
     """
     path = folder / CONFIG
-    if path.exists():
-        if not resume:
-            raise StoreError(f"{folder} holds a run already; add --resume to go on with it, or choose another --out")
-        if load_run(folder).digest() != config.digest():
-            raise CheckpointError(
-                f"{path} is another configuration than the one given; resume with that one, or choose another --out"
-            )
-    elif folder.exists() and any(folder.iterdir()):
+    new = not path.exists()
+    if not new and not resume:
+        raise StoreError(f"{folder} holds a run already; add --resume to go on with it, or choose another --out")
+    if not new and load_run(folder).digest() != config.digest():
+        raise CheckpointError(
+            f"{path} is another configuration than the one given; resume with that one, or choose another --out"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(f"{folder} is a file; choose another --out")
+    there = folder.exists()
+    if new and there and any(not entry.name.endswith(STAGED) for entry in folder.iterdir()):
         raise StoreError(f"{folder} holds files that are no run; choose another --out")
-    with writing(folder):
-        (folder / "adapters").mkdir(parents=True, exist_ok=True)
-    write_file(path, config.to_toml().encode())
+    try:
+        write_file(path, config.to_toml().encode())
+        with writing(folder):
+            (folder / "adapters").mkdir(exist_ok=True)
+    except FedsbError:
+        if new:
+            _remove(folder, keep=there)
+        raise
+    clean_leftovers(folder)
+    return new
 
 
 def load_run(folder: Path) -> RunConfig:
@@ -38,3 +72,12 @@ def load_run(folder: Path) -> RunConfig:
         raise StoreError(f"{folder} is not a run folder (it has no {CONFIG}); `fedsb simulate CONFIG` makes one")
     read_file(path)
     return RunConfig.load(path)
+
+
+def _remove(folder: Path, *, keep: bool) -> None:
+    """Remove a run's files, and the folder itself unless it was there before."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+    if not keep:
+        with contextlib.suppress(OSError):
+            folder.rmdir()

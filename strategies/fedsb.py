@@ -72,7 +72,8 @@ class FedSB(Strategy):
         """Nodes of the clients drawn for a round: by name and seed, so independent of node ids and order of arrival."""
         by_name = sorted((name, node) for node, name in self.roster.items())
         federation = self.config.federation
-        wanted = max(federation.min_clients, math.ceil(federation.fraction * len(by_name)))
+        share = math.ceil(round(federation.fraction * len(by_name), 9))  # 0.07 of 100 clients is 7, whatever floats say
+        wanted = max(federation.min_clients, share)
         drawn = random.Random(f"{self.config.seed}:sample:{server_round}").sample(by_name, min(wanted, len(by_name)))
         return [node for _, node in sorted(drawn)]
 
@@ -90,7 +91,7 @@ class FedSB(Strategy):
         self.error.start()
         for client, reply in self.accepted(server_round, replies):
             try:
-                examples, loss = metric(reply, EXAMPLES), metric(reply, LOSS)
+                examples, loss, seconds = metric(reply, EXAMPLES), metric(reply, LOSS), metric(reply, SECONDS)
                 check_weight(examples)
                 vector = self.usable(reply)
             except ReplyError as error:
@@ -100,12 +101,12 @@ class FedSB(Strategy):
             mean.add(vector, weight)
             losses.add(vector.new_tensor([loss]), weight)
             self.error.add(self.layout.unflatten(vector), weight)
-            self.tell("reply", round=server_round, client=client, loss=loss, seconds=metric(reply, SECONDS))
+            self.tell("reply", round=server_round, client=client, loss=loss, seconds=seconds)
         if mean.count < self.config.federation.min_clients:
             return None, None
         average = mean.result()
-        error = self.error.result(self.layout.unflatten(average))
-        metrics = MetricRecord({LOSS: float(losses.result()), "aggregation-error": error, "clients": mean.count})
+        distance = self.error.result(self.layout.unflatten(average))
+        metrics = MetricRecord({LOSS: float(losses.result()), "aggregation-error": distance, "clients": mean.count})
         return pack_state(average, self.config.federation.wire_dtype), metrics
 
     def configure_evaluate(
@@ -130,7 +131,8 @@ class FedSB(Strategy):
         """Each client's own score: its name and loss, exact_match, n, task."""
         for client, reply in self.accepted(server_round, replies):
             try:
-                score = {"loss": metric(reply, LOSS), "exact_match": metric(reply, EXACT_MATCH), "n": int(metric(reply, EXAMPLES))}
+                score = {"loss": metric(reply, LOSS), "exact_match": metric(reply, EXACT_MATCH), "n": metric(reply, EXAMPLES)}
+                check_weight(score["n"])
             except ReplyError as error:
                 self.refuse(server_round, client, error)
                 continue

@@ -4,6 +4,7 @@ A state travels as one flat array, since Flower handles each array as an object 
 fingerprint. bf16 goes over the wire as bf16, which Flower's `Array` does not know, so it gets a code of its own.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -36,10 +37,11 @@ def from_array(array: Array) -> Tensor:
         if array.stype == RAW_BF16:
             return torch.frombuffer(bytearray(array.data), dtype=torch.bfloat16).view(array.shape)
         numbers = array.numpy()
-    except (ValueError, RuntimeError, TypeError, EOFError) as error:
+    except Exception as error:  # whatever NumPy makes of bytes that somebody else wrote
         raise ReplyError(f"sent an array that cannot be decoded ({error})") from None
-    if numbers.dtype != np.float32:
-        raise ReplyError(f"sent an array of {numbers.dtype} where float32 or bfloat16 was expected")
+    if not isinstance(numbers, np.ndarray) or numbers.dtype != np.float32:
+        sent = getattr(numbers, "dtype", type(numbers).__name__)
+        raise ReplyError(f"sent an array of {sent} where float32 or bfloat16 was expected")
     return torch.from_numpy(numbers)
 
 
@@ -48,8 +50,10 @@ def pack_state(vector: Tensor, dtype: str) -> ArrayRecord:
     return ArrayRecord({STATE: to_array(vector, dtype)})
 
 
-def unpack_state(record: ArrayRecord) -> Tensor:
+def unpack_state(record: object) -> Tensor:
     """A record → the flat state (size,), fp32. Raises ReplyError if there is none."""
+    if not isinstance(record, ArrayRecord):
+        raise ReplyError(f"sent a {type(record).__name__} where arrays were expected")
     if list(record.keys()) != [STATE]:
         raise ReplyError(f"sent the arrays {sorted(record)[:3]} where ['{STATE}'] was expected")
     return from_array(record[STATE]).to(torch.float32)
@@ -152,22 +156,26 @@ def reply_message(
 
 
 def metric(message: Message, key: str) -> float:
-    """One number of a reply. Raises ReplyError if it is missing or no number."""
+    """One number of a reply. Raises ReplyError if it is missing or no finite number."""
     try:
         value = message.content[METRICS][key]
     except KeyError:
         raise ReplyError(f"left out the metric {key}") from None
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ReplyError(f"sent {value!r} as metric {key}")
     return value
 
 
 def bytes_of(message: Message) -> int:
-    """Bytes of a message's records: array data, keys, and values (numbers count 8)."""
+    """Bytes of a message's records: array data, keys, and values (each number counts 8)."""
     if not message.has_content():
         return 0
-    return sum(
-        len(key) + (len(value.data) if isinstance(value, Array) else len(value) if isinstance(value, str | bytes) else 8)
-        for record in message.content.values()
-        for key, value in record.items()
-    )
+    return sum(len(key) + _size(value) for record in message.content.values() for key, value in record.items())
+
+
+def _size(value: object) -> int:
+    if isinstance(value, Array):
+        return len(value.data)
+    if isinstance(value, list):
+        return sum(map(_size, value))
+    return len(value.encode()) if isinstance(value, str) else len(value) if isinstance(value, bytes) else 8

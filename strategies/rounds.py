@@ -49,7 +49,7 @@ class Exchange:
 
     Attributes:
         grid: where the nodes are.
-        seconds: the bound; replies that come later are dropped.
+        seconds: the bound; replies that have not arrived by then are dropped.
         traffic: what this exchange moved, counted as it moves.
         silent: nodes that had not answered in time.
     """
@@ -70,11 +70,11 @@ class Exchange:
             progressed = False
             for reply in self.grid.pull_messages(list(waiting)):
                 progressed = True
-                if waiting.pop(reply.metadata.reply_to_message_id, None) is not None:
+                node = waiting.pop(reply.metadata.reply_to_message_id, None)
+                if node is not None:  # so a second reply to the same message is dropped
+                    reply.metadata.__dict__["_src_node_id"] = node  # Flower itself answers for a node that is gone
                     self.traffic.up += bytes_of(reply)
                     yield reply
-                if time.monotonic() > deadline:
-                    break
             if time.monotonic() > deadline:
                 break
             if waiting and not progressed:
@@ -122,7 +122,7 @@ def run_rounds(
         The global state after round `last`.
 
     Raises:
-        FederationError: a round without any usable reply.
+        FederationError: a round without enough usable replies.
     """
     for server_round in range(first, last + 1):
         started = time.monotonic()
@@ -132,7 +132,8 @@ def run_rounds(
         aggregated, metrics = strategy.aggregate_train(server_round, exchange(messages))
         if aggregated is None:
             raise FederationError(
-                f"round {server_round}: no usable reply from {len(messages)} clients; events.jsonl names what was refused"
+                f"round {server_round}: too few usable replies from {len(messages)} clients ({len(exchange.silent)} did not "
+                f"answer within {seconds:.0f} s); events.jsonl names what was refused, and --resume tries the round again"
             )
         arrays = aggregated
         after_round(RoundResult(server_round, arrays, metrics, exchange.traffic, exchange.silent, time.monotonic() - started))

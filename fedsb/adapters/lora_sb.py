@@ -175,17 +175,23 @@ class LoraSbLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return y
 
     @staticmethod
-    def _add(x: Tensor, y: Tensor, frames: Frames, core: nn.Module) -> Tensor:
+    def _add(x: Tensor, y: Tensor, frames: Frames, core: nn.Linear) -> Tensor:
         dtype = torch.promote_types(x.dtype, frames.A.dtype)
         h = functional.linear(x.to(dtype), frames.A.to(dtype))  # (…, r)
-        h = core(h.to(torch.float32)).to(dtype)  # the core is the fp32 master, whatever the model computes in
+        h = core(h.to(core.weight.dtype)).to(dtype)  # the core is the fp32 master, whatever the model computes in
         if dtype != y.dtype:
             return y + functional.linear(h, frames.B.to(dtype)).to(y.dtype)
-        flat = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), frames.B.to(dtype).T)  # y + B·R·A·x in one pass
+        rows, h = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1])
+        flat = torch.addmm(rows, h, frames.B.to(dtype).T)  # y + B·R·A·x in one pass
         return flat.view(y.shape)
 
     def _add_mixed(self, x: Tensor, y: Tensor, adapter_names: Sequence[str]) -> Tensor:
         """One batch, a core per row: rows that share a basis go through it together."""
+        if len(adapter_names) != len(x):
+            raise ValueError(
+                f"adapter_names has {len(adapter_names)} names for a batch of {len(x)} rows; give one for each row "
+                "(generate: beams as num_beams=, and num_return_sequences=1)"
+            )
         rows_of: dict[int, list[int]] = {}
         for row, name in enumerate(adapter_names):
             if name != BASE and name in self.fedsb_core:

@@ -29,15 +29,17 @@ def adapted_layers(model: nn.Module) -> dict[str, LoraSbLinear]:
 def set_basis(model: nn.Module, basis: Basis, adapter: str = "default") -> None:
     """Give every adapted layer its frames, and its core R0.
 
-    Raises BasisError if the layers or shapes of `basis` are not those of the model.
+    Raises BasisError if the layers, shapes or rank of `basis` are not those of the model, before anything is changed.
     """
     layers = {name: layer for name, layer in adapted_layers(model).items() if adapter in layer.fedsb_core}
     if layers.keys() != basis.B.keys():
         odd = sorted(layers.keys() ^ basis.B.keys())[0]
         raise BasisError(f"layer {odd} is in only one of model and basis; use the basis that was built for this model")
     for name, layer in layers.items():
-        if basis.B[name].shape[0] != layer.out_features or basis.A[name].shape[1] != layer.in_features:
+        rank = layer.core(adapter).in_features
+        if basis.B[name].shape != (layer.out_features, rank) or basis.A[name].shape != (rank, layer.in_features):
             raise BasisError(f"layer {name}: the basis has another shape; use the basis that was built for this model")
+    for name, layer in layers.items():
         layer.set_frames(adapter, basis.B[name], basis.A[name])
         with torch.no_grad():
             layer.core(adapter).weight.copy_(basis.R0[name])
@@ -151,11 +153,14 @@ class LoraSbModel(BaseTuner):  # type: ignore[misc]
         if b:
             strip = "base_model.model."
             b, a = ({k.removeprefix(strip): t for k, t in side.items()} for side in (b, a))
-            if config.basis_fingerprint is not None and fingerprint_of(b, a) != config.basis_fingerprint:
+            whole = a.keys() == b.keys()
+            if not whole or config.basis_fingerprint not in (None, fingerprint_of(b, a)):
                 raise BasisError("the basis in this file is not the one its core was trained on; fetch the file again")
             zero = {name: torch.zeros(config.r, config.r) for name in b}
             set_basis(model, Basis(b, a, zero), adapter_name)
-        elif config.basis_fingerprint is not None and config.basis != "later":
+        elif config.basis_fingerprint is not None:
+            if config.basis == "later":
+                raise BasisError("this file holds no basis, and none can be rebuilt; save the adapter with save_basis=True")
             _build(model, config, adapter_name)
         rest = {key: t for key, t in state_dict.items() if not key.endswith((".fedsb_B", ".fedsb_A"))}
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)

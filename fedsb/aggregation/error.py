@@ -19,10 +19,10 @@ class AggregationError:
     """
 
     def __init__(self, basis: Basis, generator: torch.Generator) -> None:
-        self._b = {name: b.double() for name, b in basis.B.items()}
+        self._b = {name: b.double() for name, b in sorted(basis.B.items())}  # a basis read from disk has another order
         self._probed = {
             name: a.double() @ torch.randn(a.shape[1], PROBES, dtype=torch.float64, generator=generator)
-            for name, a in basis.A.items()
+            for name, a in sorted(basis.A.items())
         }  # A·V (r, PROBES)
         self.start()
 

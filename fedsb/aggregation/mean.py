@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedsb.errors import FederationError
 
-BLOCK = 1 << 16  # numbers handled at a time, so that a block's fp64 sum and product stay in the cache
+BLOCK = 1 << 15  # numbers added at a time: their fp64 copy stays in the cache, and torch starts no threads for so few
 
 
 class Mean:
@@ -24,14 +24,13 @@ class Mean:
         self.count = 0
         self._weight = 0.0
         self._sum = torch.zeros(size, dtype=torch.float64)
-        self._block = torch.empty(min(BLOCK, size), dtype=torch.float64)
 
     def add(self, vector: Tensor, weight: float) -> None:
         """Count one client's vector (size,), fp32 or bf16, with a positive weight."""
         if vector.shape != (self.size,) or not weight > 0:
             raise ValueError(f"a vector of {self.size} numbers and a positive weight are needed, not {tuple(vector.shape)}, {weight}")
         for total, part in zip(self._sum.split(BLOCK), vector.split(BLOCK), strict=True):
-            total.add_(self._block[: len(part)].copy_(part), alpha=weight)
+            total.add_(part, alpha=weight)  # torch widens `part` to fp64 before it multiplies
         self._weight += weight
         self.count += 1
 

@@ -22,7 +22,7 @@ def fingerprint_of(b: Mapping[str, Tensor], a: Mapping[str, Tensor]) -> str:
     for name in sorted(b):
         for side, tensor in (("B", b[name]), ("A", a[name])):
             digest.update(f"{name}:{side}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

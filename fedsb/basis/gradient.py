@@ -16,7 +16,6 @@ from fedsb.basis.frames import Basis
 from fedsb.basis.spectral import check_rank, frames_from_sketches, leading_frames, seeded
 from fedsb.errors import BasisError
 
-
 T = TypeVar("T")
 
 
@@ -24,6 +23,8 @@ class Accumulator(Protocol):
     """Takes one layer's gradients (out, in) as they come and yields the leading frames of their sum."""
 
     def add(self, gradient: Tensor) -> None: ...
+
+    def finite(self) -> bool: ...
 
     def frames(self, rank: int) -> tuple[Tensor, Tensor, Tensor]: ...
 
@@ -48,6 +49,9 @@ class Sketch:
         self.y.addmm_(gradient, self.omega)
         self.z.addmm_(self.psi, gradient)
 
+    def finite(self) -> bool:
+        return bool(torch.isfinite(self.y).all() and torch.isfinite(self.z).all())
+
     def frames(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         return frames_from_sketches(self.y.cpu(), self.z.cpu(), self.psi.cpu(), rank)
 
@@ -61,6 +65,9 @@ class WholeSum:
 
     def add(self, gradient: Tensor) -> None:
         self.sum += gradient.to("cpu", torch.float32)
+
+    def finite(self) -> bool:
+        return bool(torch.isfinite(self.sum).all())
 
     def frames(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         return leading_frames(self.sum.sign(), rank, self.generator)
@@ -137,9 +144,10 @@ def gradient_basis(
         raise BasisError("the basis cannot be estimated from no examples; give [basis.public] some")
     b, a, r0 = {}, {}, {}
     for name in layers:
-        left, s, right = accumulators.pop(name).frames(rank)
-        if not bool(torch.isfinite(s).all()):
+        accumulator = accumulators.pop(name)
+        if not accumulator.finite():
             raise BasisError(f"layer {name}: the estimated gradient is not finite; use dtype fp32 or other public examples")
+        left, s, right = accumulator.frames(rank)
         rms = 1.0 if sign else float(s.square().sum().sqrt()) / (shapes[name][0] * shapes[name][1]) ** 0.5
         b[name], a[name], r0[name] = -left, right, torch.diag(s * (r0_scale / max(rms, 1e-30)))
     return Basis(b, a, r0)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from flwr.app import Context, RecordDict
+from flwr.app import Context, RecordDict, UserConfig
 
 from clients.app import app as client_app
 from fedsb.config import RunConfig
@@ -27,7 +27,7 @@ def simulate(
     run = RunConfig.load(config, set_ or [])
     folder = out or Path("runs") / run.name
     grid = LocalGrid(client_app, node_configs(run.client_names, str(folder / "sites")))
-    values = {"config": run.to_json(), "out": str(folder), "resume": resume}
+    values: UserConfig = {"config": run.to_json(), "out": str(folder), "resume": resume}
     context = Context(run_id=0, node_id=0, node_config={}, state=RecordDict(), run_config=values)
     try:
         server_app(grid, context)

@@ -54,7 +54,7 @@ class Bars:
         if kind == "stage":
             self._drop()
             self._task = self._progress.add_task(event["title"], total=event["clients"], note="")
-        elif kind in ("reply", "scored", "prepared") and self._task is not None:
+        elif kind in ("reply", "personal", "scored", "prepared") and self._task is not None:
             note = f"{event['client']}: loss {event['loss']:.3f}" if "loss" in event else event["client"]
             self._progress.update(self._task, advance=1, note=note)
         elif text := sentence(event):
@@ -101,4 +101,5 @@ def screen(kind: Literal["auto", "bars", "lines", "none"]) -> Screen:
     """The screen that a configuration asks for; `auto` looks whether there is a terminal."""
     if kind == "auto":
         kind = "bars" if sys.stderr.isatty() else "lines"
-    return {"bars": Bars, "lines": Lines, "none": Silent}[kind]()
+    kinds: dict[str, Callable[[], Screen]] = {"bars": Bars, "lines": Lines, "none": Silent}
+    return kinds[kind]()

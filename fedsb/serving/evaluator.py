@@ -47,17 +47,20 @@ def evaluate(
         chosen = order[start : start + batch_size]
         batch = collate([rows[i] for i in chosen], tokenizer.pad_token_id, kind).to(device)
         losses, right = (_classified if kind == "classification" else _forced)(model, batch)
-        if kind == "causal" and any(examples[i].answer != examples[i].completion for i in chosen):
-            texts = _generate(model, [rows[i] for i in chosen], tokenizer, device, max_new_tokens)
-            right = torch.tensor([answers(text, examples[i].answer) for text, i in zip(texts, chosen, strict=True)])
+        longer = [place for place, i in enumerate(chosen) if examples[i].answer != examples[i].completion]
+        if kind == "causal" and longer:
+            texts = _generate(model, [rows[chosen[place]] for place in longer], tokenizer, device, max_new_tokens)
+            for place, text in zip(longer, texts, strict=True):
+                right[place] = answers(text, examples[chosen[place]].answer)
         loss += float(losses.sum())
         hits += int(right.sum())
     return Score(loss / len(rows), hits / len(rows), len(rows))
 
 
 def answers(text: str, answer: str) -> bool:
-    """Whether a generated text ends with the answer as a whole word; case, a full stop and a unit sign aside."""
-    return re.search(rf"(?<![\w.]){re.escape(answer.strip())}[.\s]*$", text, flags=re.IGNORECASE) is not None
+    """Whether a generated text ends with the answer as a whole word or number; case, a full stop, a currency sign aside."""
+    whole = r"(?<![\w.\-−])(?<!\d[,/:])"  # 8 does not end 118, 9.8, -8, 1,118, 3/8 or 7:8
+    return re.search(rf"{whole}{re.escape(answer.strip())}[.\s]*$", text, flags=re.IGNORECASE) is not None
 
 
 def _forced(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:

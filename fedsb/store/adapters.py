@@ -59,7 +59,6 @@ class Manifest(BaseModel):
     base_model: ModelId
     method: str
     rank: int
-    scale: float
     basis_fingerprint: str
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
@@ -96,7 +95,6 @@ def publish(
     base_model: ModelId,
     method: str,
     rank: int,
-    scale: float,
     basis_fingerprint: str,
     round: int,
     task: str,
@@ -119,7 +117,6 @@ def publish(
                 base_model=base_model,
                 method=method,
                 rank=rank,
-                scale=scale,
                 basis_fingerprint=basis_fingerprint,
                 shapes={name: tuple(tensor.shape) for name, tensor in state.items()},
                 dtypes={name: _dtype(tensor) for name, tensor in state.items()},

@@ -28,7 +28,7 @@ CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, MANIFEST_FILE = (
 PREFIX = "base_model.model."
 STACKED = re.compile(r"(.*?)\.(\d+)\.(.+)")  # model.layers . 0 . self_attn.q_proj
 HEADS = ("classifier", "score")  # the heads that PEFT and vLLM know by name
-TUNER = "fedsb.adapters.lora_sb"  # importing it registers peft_type FEDSB
+TUNER = "fedsb.adapters.tuner"  # importing it registers peft_type FEDSB
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank in vLLM 0.32
 
 
@@ -41,10 +41,9 @@ def export_lora(
     else) and DiskError; then whatever was at `out` is as before.
     """
     _check(stored, basis)
-    scale = stored.manifest.scale
     tensors: dict[str, Tensor] = {}
     for layer, core in stored.cores.items():
-        product = scale * (basis.B[layer].double() @ core.double())  # (out, r)
+        product = basis.B[layer].double() @ core.double()  # (out, r)
         tensors[f"{PREFIX}{layer}.lora_A.weight"] = basis.A[layer].to(dtype)
         tensors[f"{PREFIX}{layer}.lora_B.weight"] = product.to(dtype)
     return _write(out, stored, lora_config(stored, modules), tensors | _head(stored))
@@ -62,7 +61,7 @@ def export_core(stored: StoredAdapter, basis: Basis, out: Path, modules: Collect
 
 
 def lora_config(stored: StoredAdapter, modules: Collection[str] = ()) -> dict[str, Any]:
-    """`adapter_config.json` of the plain LoRA. lora_alpha = r, since the scale is already in lora_B."""
+    """`adapter_config.json` of the plain LoRA. lora_alpha = r, so that PEFT scales by 1."""
     return _common(stored, modules) | {
         "alpha_pattern": {},
         "bias": "none",
@@ -83,7 +82,6 @@ def core_config(stored: StoredAdapter, modules: Collection[str] = ()) -> dict[st
         "basis_fingerprint": stored.manifest.basis_fingerprint,
         "method": stored.manifest.method,
         "peft_type": "FEDSB",
-        "scale": stored.manifest.scale,
     }
 
 
@@ -192,7 +190,7 @@ tags: [fedsb, {manifest.method}, {str(config["peft_type"]).lower()}]
 | | |
 |---|---|
 | base model | `{manifest.base_model.name}` (SHA-256 `{manifest.base_model.sha256}`) |
-| method | {manifest.method}, rank {manifest.rank}, scale {manifest.scale:g} |
+| method | {manifest.method}, rank {manifest.rank} |
 | adapted layers | {len(stored.cores)} |
 | trained numbers | {trained:,} |
 | task | {manifest.task} |

@@ -13,7 +13,15 @@ from torch.nn import functional
 from fedsb.data.batches import Batch
 
 CHUNK_NUMBERS = 1 << 23  # logits held at one time: 32 MiB in fp32
-RESHAPED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # config keys of heads that are not plain
+RESHAPED_LOGITS = (  # config keys of heads that are not plain, in transformers 5
+    "final_logit_softcapping",
+    "lm_head_multiplier",
+    "logit_scale",
+    "logits_scaling",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+    "output_multiplier",
+)
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -49,7 +57,8 @@ def head_of(model: Any) -> Tensor | None:
     """The weight (V, d) of a frozen plain linear output head, or None if the model does more to its logits."""
     head = model.get_output_embeddings()
     plain = isinstance(head, nn.Linear) and head.bias is None and not head.weight.requires_grad
-    reshaped = any(getattr(model.config, key, None) not in (None, 1, 1.0) for key in RESHAPED_LOGITS)
+    config = model.config.get_text_config()
+    reshaped = any(getattr(config, key, None) not in (None, 1, 1.0) for key in RESHAPED_LOGITS)
     return head.weight if plain and not reshaped else None
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from fedsb.adapters.attach import shapes_of
+from fedsb.adapters.attach import initial_state, layout_of, shapes_of
+from fedsb.adapters.state import set_state
 from fedsb.adapters.tuner import adapted_layers
 from fedsb.basis.frames import DTYPES, Basis
 from fedsb.basis.gradient import gradient_basis
@@ -53,6 +54,7 @@ def _public_basis(config: RunConfig, model: Any, tokenizer: Any, device: torch.d
     section = config.basis
     loss = classification_loss if config.model.kind == "classification" else causal_loss
     transformer = model.get_base_model()
+    set_state(model, initial_state(layout_of(model), config.seed))  # the head that training starts from, not a chance one
     return gradient_basis(
         {name: layer.get_base_layer() for name, layer in adapted_layers(model).items()},
         _public_batches(config, tokenizer, device),

@@ -49,5 +49,5 @@ def publish(
     store: Path, client: str, tensors: Mapping[str, Tensor], fingerprint: str = "00" * 32, **fields: object
 ) -> int:
     """`adapters.publish` with everything filled in."""
-    known = {"base_model": MODEL, "method": "lora-sb", "rank": RANK, "scale": 2.0, "round": 5, "task": "chain_sum"}
+    known = {"base_model": MODEL, "method": "lora-sb", "rank": RANK, "round": 5, "task": "chain_sum"}
     return adapters.publish(store, client, tensors, basis_fingerprint=fingerprint, **(known | fields))  # type: ignore[arg-type]

@@ -34,7 +34,6 @@ def test_publish_and_load(tmp_path: Path) -> None:
         "base_model": {"name": "tiny/model", "sha256": "ab" * 32},
         "method": "lora-sb",
         "rank": 4,
-        "scale": 2.0,
         "basis_fingerprint": "00" * 32,
         "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
         "dtypes": dict.fromkeys(tensors, "float32"),

@@ -63,7 +63,7 @@ def _merged(model: nn.Module, stored: StoredAdapter, frames: Basis) -> nn.Module
     """By hand: W + s B R A in every adapted layer, and the head put in place."""
     merged = copy.deepcopy(model)
     for layer, core in stored.cores.items():
-        change = stored.manifest.scale * frames.B[layer].float() @ core @ frames.A[layer].float()
+        change = frames.B[layer].float() @ core @ frames.A[layer].float()
         merged.get_submodule(layer).weight.data += change  # type: ignore[operator]
     merged.load_state_dict(stored.head, strict=False)
     return merged
@@ -122,12 +122,12 @@ def test_an_export_obeys_the_file_rules_of_vllm(tmp_path: Path) -> None:
     }
 
 
-def test_the_scale_and_the_core_are_on_the_b_side(tmp_path: Path) -> None:
+def test_the_core_is_on_the_b_side(tmp_path: Path) -> None:
     frames = basis(SHAPES)
     stored = _stored(tmp_path, frames)
     weights = load_file(export_lora(stored, frames, tmp_path / "out") / "adapter_model.safetensors")
     for layer in SHAPES:
-        exact = stored.manifest.scale * frames.B[layer].double() @ stored.cores[layer].double()
+        exact = frames.B[layer].double() @ stored.cores[layer].double()
         assert torch.equal(weights[f"base_model.model.{layer}.lora_B.weight"], exact.float())
         assert torch.equal(weights[f"base_model.model.{layer}.lora_A.weight"], frames.A[layer])
 
@@ -138,7 +138,7 @@ def test_an_export_in_bf16_rounds_once(tmp_path: Path) -> None:
     out = export_lora(stored, frames, tmp_path / "out", dtype=torch.bfloat16)
     weights = load_file(out / "adapter_model.safetensors")
     layer = "model.layers.0.q_proj"
-    exact = stored.manifest.scale * frames.B[layer].double() @ stored.cores[layer].double()
+    exact = frames.B[layer].double() @ stored.cores[layer].double()
     assert torch.equal(weights[f"base_model.model.{layer}.lora_B.weight"], exact.bfloat16())
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
 
@@ -223,7 +223,7 @@ def test_our_own_format_keeps_core_and_basis_apart(tmp_path: Path) -> None:
     assert list(weights) == ["base_model.model.score.weight"]
     config = json.loads((out / "adapter_config.json").read_text())
     assert config == core_config(stored)
-    assert (config["peft_type"], config["method"], config["r"], config["scale"]) == ("FEDSB", "lora-sb", 4, 2.0)
+    assert (config["peft_type"], config["method"], config["r"]) == ("FEDSB", "lora-sb", 4)
     assert config["basis_fingerprint"] == frames.fingerprint and config["target_modules"] == ["q_proj"]
 
 

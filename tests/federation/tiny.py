@@ -1,0 +1,153 @@
+"""A federation that takes a second: a random two-layer Llama (or BERT), a word tokenizer, and tasks of a dozen words."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Context, RecordDict
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from clients.app import app as client_app
+from fedsb.config import RunConfig
+from fedsb.store.files import load_tensors, read_events, read_json
+from server.app import app as server_app
+from server.local_grid import LocalGrid, node_configs
+
+WORDS = "red green blue cat dog bird one two three up down left right".split()
+TEMPLATE = (
+    "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+State = dict[str, torch.Tensor]
+
+
+def save_model(folder: Path, kind: str = "causal") -> str:
+    """A tiny random model with its tokenizer, saved in a folder; returns the folder as text."""
+    torch.manual_seed(0)
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", "<user>", "<assistant>", *WORDS])}
+    sizes: dict[str, Any] = {
+        "vocab_size": len(vocabulary),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
+    model: Any
+    if kind == "causal":
+        model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, initializer_range=0.2))
+    else:
+        model = BertModel(BertConfig(**sizes, initializer_range=0.2))
+    model.save_pretrained(folder)
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", chat_template=TEMPLATE
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def save_task(folder: Path, kind: str = "causal", train: int = 21, test: int = 9) -> str:
+    """A task that says three words backwards, or names the first of three words; returns its source."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count, shift in (("train", train, 0), ("test", test, 5)):
+        rows = []
+        for i in range(count):
+            words = [WORDS[(i * k + shift) % len(WORDS)] for k in (1, 3, 7)]
+            if kind == "causal":
+                rows.append({"prompt": " ".join(words), "completion": " ".join(reversed(words))})
+            else:
+                rows.append({"text": " ".join(words), "label": ("low", "middle", "high")[i % 3]})
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"jsonl:{folder}"
+
+
+def table(source: str, task: str, /, **sections: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as a table: three clients of unequal size, three rounds of two steps; `sections` override."""
+    content: dict[str, Any] = {
+        "name": "tiny",
+        "seed": 3,
+        "model": {"source": source, "dtype": "fp32"},
+        "data": {"partition": "size", "alpha": 1.0, "tasks": [{"name": "words", "source": task}]},
+        "adapter": {"rank": 4},
+        "train": {"steps": 2, "batch_size": 4, "microbatch": 2},
+        "federation": {"clients": 3, "rounds": 3},
+        "personal": {"steps": 2},
+        "runtime": {"progress": "none", "threads": 1},
+    }
+    for name, values in sections.items():
+        content[name] = {**content.get(name, {}), **values}
+    return content
+
+
+def classification(source: str, task: str, /, **sections: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for a classifier whose head is trained along."""
+    return table(source, task, **{"model": {"kind": "classification"}, **sections})
+
+
+def config_of(content: Mapping[str, Any]) -> RunConfig:
+    """A table as a checked configuration."""
+    return RunConfig.from_json(json.dumps(content))
+
+
+def local_grid(config: RunConfig, folder: Path) -> LocalGrid:
+    """The grid that `fedsb simulate` makes."""
+    return LocalGrid(client_app, node_configs(config.client_names, str(folder / "sites")))
+
+
+def federate(config: RunConfig, folder: Path, *, resume: bool = False, grid: Any = None) -> dict[str, Any]:
+    """A whole run with the real apps, as `fedsb simulate` does it; returns summary.json."""
+    values = {"config": config.to_json(), "out": str(folder), "resume": resume}
+    context = Context(run_id=0, node_id=0, node_config={}, state=RecordDict(), run_config=values)
+    server_app(grid or local_grid(config, folder), context)
+    return read_json(folder / "summary.json")
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """Events of one kind, oldest first."""
+    return [event for event in read_events(folder / "events.jsonl") if event["event"] == kind]
+
+
+def final_state(folder: Path) -> State:
+    """The state of the newest checkpoint."""
+    last = sorted((folder / "checkpoints").glob("round-*"))[-1]
+    return load_tensors(last / "state.safetensors")[0]
+
+
+def personal_states(folder: Path) -> dict[str, State]:
+    """Client → the state it published last."""
+    files = {path.parent.parent.name: path for path in sorted((folder / "adapters").glob("*/v*/core.safetensors"))}
+    return {name: load_tensors(path)[0] for name, path in files.items()}
+
+
+def equal(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    """Bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def lasting(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """A summary without its times."""
+    kept = {key: value for key, value in summary.items() if key != "seconds"}
+    kept["history"] = [{k: v for k, v in entry.items() if k != "seconds"} for entry in summary["history"]]
+    return kept
+
+
+def assert_same_result(a: Path, b: Path) -> None:
+    """Two run folders hold the same state and the same personal adapters, bit for bit."""
+    assert equal(final_state(a), final_state(b))
+    mine, other = personal_states(a), personal_states(b)
+    assert mine.keys() == other.keys() and mine
+    assert all(equal(mine[name], other[name]) for name in mine)
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """The same result, and the same scores, losses, aggregation errors and bytes."""
+    assert_same_result(a, b)
+    assert lasting(read_json(a / "summary.json")) == lasting(read_json(b / "summary.json"))
