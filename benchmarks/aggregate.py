@@ -15,7 +15,7 @@ twice as large as the last-level cache, so that none is in the cache when its tu
 import argparse
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import psutil
@@ -31,7 +31,7 @@ BYTES_MOVED, BYTES_READ = 20, 4  # a number: fp32 read, fp64 sum read and writte
 WEIGHT = 37.0
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=10_000, help="updates to average")
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--stream", type=int, default=0, help="bytes of an array of the bandwidth test; 0: as the pool")
     parser.add_argument("--turns", type=int, default=20, help="turns in which ours and the bandwidth test alternate")
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.memory_of is not None:
         print(json.dumps(memory_of(options.memory_of, options.size)))
         return
@@ -52,9 +52,7 @@ def main() -> None:
 
 def memory(updates: int, size: int) -> dict[str, dict[str, object]]:
     """Peak memory of many updates against few, each in its own process."""
-    few, many = (
-        child("benchmarks.aggregate", "--memory-of", str(count), "--size", str(size)) for count in (FEW, updates)
-    )
+    few, many = (child("benchmarks.aggregate", "--memory-of", str(count), "--size", str(size)) for count in (FEW, updates))
     say(f"peak memory: {few['peak'] / 1e6:.1f} MB for {FEW} updates, {many['peak'] / 1e6:.1f} MB for {updates}")
     net = {name: result["peak"] - result["base"] for name, result in (("few", few), ("many", many))}
     return {

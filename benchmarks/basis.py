@@ -7,10 +7,10 @@
 in its own process. `public` sketches the gradient of `basis.examples` examples, `sign` keeps its whole sum for the paper's
 sign step.
 
-`estimate_steps`: seconds of `public` over seconds of one training step (`train.batch_size` sequences of `--tokens` tokens of
-which `--labels` are labelled), in turns in one process; the estimate's examples are as long. `estimate_memory`: peak memory
-of the two beyond the model, each in its own process. `estimate_steps_config` and `estimate_memory_config` are the same on
-the examples of `--config` as they are, which are shorter.
+`estimate_steps`: seconds of `public` over seconds of one training step (`--batch` sequences of `--tokens` tokens of which
+`--labels` are labelled, in microbatches as is the default), in turns in one process; the estimate's examples are as long.
+`estimate_memory`: peak memory of the two beyond the model, each in its own process. `estimate_steps_config` and
+`estimate_memory_config` are the same with the examples and the batches of `--config`.
 
 Beyond the model: the highest resident memory while it runs, less that of the loaded model after a small forward pass.
 """
@@ -18,7 +18,7 @@ Beyond the model: the highest resident memory while it runs, less that of the lo
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from fedsb.adapters.tuner import adapted_layers, set_basis
 from fedsb.basis.frames import Basis
 from fedsb.basis.gradient import gradient_basis
 from fedsb.basis.spectral import random_basis
-from fedsb.config import RunConfig
+from fedsb.config import RunConfig, TrainSection
 from fedsb.data.batches import Encoded, collate, encode
 from fedsb.data.sites import client_data
 from fedsb.data.tasks import load_task
@@ -45,29 +45,27 @@ SOURCES = ("random", "weights", "public", "sign")
 PAD = 0
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/quickstart.toml", help="model, sizes and examples are this run's")
     parser.add_argument("--model", default="", help="another model than the config's; `tiny`: a small random one")
     parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=16, help="sequences of a training step")
     parser.add_argument("--tokens", type=int, default=128, help="length of a sequence")
     parser.add_argument("--labels", type=int, default=16, help="labelled tokens at its end")
     parser.add_argument("--turns", type=int, default=3, help="turns in which estimate and training step alternate")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.measure:
         bench = Bench(options)
         print(json.dumps(bench.times() if options.measure == "times" else bench.memory_of(options.measure)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        arguments = [
-            f"--{name}={value}"
-            for name, value in vars(options).items()
-            if name not in ("measure", "model") and value is not None
-        ]
-        model = _tiny(Path(folder)) if options.model == "tiny" else options.model
-        report("basis", figures([*arguments, f"--model={model}"], configured=options.model != "tiny"))
+        tiny = options.model == "tiny"
+        chosen = {**vars(options), "model": _tiny(Path(folder)) if tiny else options.model}
+        passed = [f"--{name}={value}" for name, value in chosen.items() if name != "measure"]
+        report("basis", figures(passed, configured=not tiny))
 
 
 def figures(arguments: list[str], *, configured: bool) -> dict[str, dict[str, Any]]:
@@ -95,7 +93,10 @@ def figures(arguments: list[str], *, configured: bool) -> dict[str, dict[str, An
             **size,
         )
         found[f"estimate_memory{key}"] = figure(memory[ours] / memory[peer], "x", ours=memory[ours], peer=memory[peer])
-        say(f"estimate{suffix}: {found[f'estimate_steps{key}']['value']} steps, {found[f'estimate_memory{key}']['value']} x memory")
+        say(
+            f"estimate{suffix}: {found[f'estimate_steps{key}']['value']} steps, "
+            f"{found[f'estimate_memory{key}']['value']} x memory"
+        )
     return found
 
 
@@ -132,7 +133,7 @@ class Bench:
         tokens = {name: sum(map(len, self._rows(name))) for name in names}
         for name in names:
             if name.startswith("step"):  # a client's whole set, of which a step draws a batch
-                tokens[name] = tokens[name] * self.config.train.batch_size // len(self._rows(name))
+                tokens[name] = tokens[name] * self._section(name).batch_size // len(self._rows(name))
         return {"seconds": {name: median(values) for name, values in measured.items()}, "tokens": tokens}
 
     def _run(self, what: str) -> Callable[[], object]:
@@ -144,8 +145,8 @@ class Bench:
         if what.startswith("step"):
             shapes = {name: (layer.out_features, layer.in_features) for name, layer in self.layers.items()}
             set_basis(self.model, random_basis(shapes, config.adapter.rank, config.seed))
-            return lambda: self._step(rows)
-        return lambda: self._estimate(rows, sign=what == "sign")
+            return partial(self._step, rows, self._section(what))
+        return partial(self._estimate, rows, sign=what == "sign")
 
     def _estimate(self, rows: list[Encoded], *, sign: bool) -> Basis:
         size = start.MICROBATCH
@@ -154,15 +155,20 @@ class Bench:
             self.layers, batches, partial(causal_loss, self.transformer), self.config.adapter.rank, seed=0, sign=sign
         )
 
-    def _step(self, rows: list[Encoded]) -> float:
-        plan = round_plan(self.config.model_copy(update={"train": self.config.train.model_copy(update={"steps": 1})}), 1)
+    def _step(self, rows: list[Encoded], section: TrainSection) -> float:
+        plan = round_plan(self.config.model_copy(update={"train": section}), 1)
         parameters = parameters_of(self.model)
         return train(self.transformer, parameters, rows, plan, kind="causal", pad_id=PAD, seed=0, client="bench")
+
+    def _section(self, what: str) -> TrainSection:
+        """`[train]` for one step of a measurement: the config's, or the default one with `--batch`."""
+        section = self.config.train if what.endswith("-config") else TrainSection(batch_size=self.options.batch)
+        return section.model_copy(update={"steps": 1})
 
     def _rows(self, what: str) -> list[Encoded]:
         """The examples of a measurement: made up, or the config's own."""
         data, estimate = self.config.data, not what.startswith("step")
-        count = self.config.basis.examples if estimate else self.config.train.batch_size
+        count = self.config.basis.examples if estimate else self.options.batch
         if what.endswith("-config"):
             task = data.tasks[0]
             examples = load_task(task, "train", 1)[:count] if estimate else client_data(self.config, 0, "train")

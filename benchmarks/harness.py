@@ -154,9 +154,7 @@ class Peak:
             self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._thread is None:
             status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
             self.bytes = int(status["VmHWM"].split()[0]) << 10

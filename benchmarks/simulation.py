@@ -22,7 +22,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ WAIT_SECONDS = 3600.0
 OURS_PER_PEER = 3  # runs of ours for one of the peer, which takes so much longer
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("speedup", "overhead"), help="one of the two measurements; both by default")
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/quickstart.toml"), help="config of the overhead")
     parser.add_argument("--set", action="append", metavar="SECTION.KEY=VALUE", help="override a setting of the config")
     parser.add_argument("--peer", choices=("same", "flower"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.peer:
         print(json.dumps(on_ray(options.clients, options.rounds, flower_loop=options.peer == "flower")))
         return

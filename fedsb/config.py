@@ -7,6 +7,7 @@ Defaults live here and nowhere else. A file in `configs/` holds only what differ
 import difflib
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +20,10 @@ from fedsb.errors import ConfigError
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NaturalInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 SiteName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+TYPE = re.compile(r"(constrained-)?(int|float|str|bool)|(literal|tuple)\[.*\]")  # in the location of a union's error
 
 
 class Section(BaseModel):
@@ -100,7 +102,8 @@ class BasisSection(Section):
         "zero", description="the core at the start: 0, or the paper's diag(S) of the estimated update (only `public`)"
     )
     eta: PositiveFloat = Field(
-        1e-4, description="learning rate of the estimated first update, which scales the paper's R0 (only `r0 = \"paper\"`)"
+        1e-4,
+        description='learning rate of the estimated first update, which scales the paper\'s R0 (only `r0 = "paper"`)',
     )
     sign: bool = Field(False, description="take the sign of the summed gradient, as the paper does (only `public`)")
     public: TaskSection | None = Field(None, description="the public examples, as `[basis.public]` (only `public`)")
@@ -115,7 +118,8 @@ class TrainSection(Section):
     batch_size: PositiveInt = Field(16, description="examples per step")
     microbatch: PositiveInt = Field(8, description="examples per forward and backward pass; less takes less memory")
     learning_rate: PositiveFloat | Literal["auto"] = Field(
-        "auto", description="AdamW's learning rate; `auto` derives it from kind and rank (docs/log.md tells how measured)"
+        "auto",
+        description="AdamW's learning rate; `auto` derives it from kind and rank (docs/log.md tells how measured)",
     )
     head_learning_rate: PositiveFloat = Field(
         5e-3, description="AdamW's learning rate for a classification head that is trained along"
@@ -147,7 +151,7 @@ class PersonalSection(Section):
 
     steps: NaturalInt = Field(20, description="optimiser steps; 0 publishes the global core as everybody's own")
     learning_rate: PositiveFloat | Literal["auto"] = Field(
-        "auto", description="AdamW's learning rate; `auto`: a third of the training one"
+        "auto", description="AdamW's learning rate; `auto`: a tenth of the training one"
     )
 
 
@@ -238,7 +242,9 @@ class RunConfig(Section):
         try:
             table = tomllib.loads(path.read_text())
         except FileNotFoundError:
-            raise ConfigError(f"{path}: there is no such configuration file; `ls configs` shows the ones that come along") from None
+            raise ConfigError(
+                f"{path}: there is no such configuration file; `ls configs` shows the ones that come along"
+            ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: cannot be read ({error}); name a readable TOML file") from None
         except tomllib.TOMLDecodeError as error:
@@ -268,13 +274,22 @@ def _validated(table: dict[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(table)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(f"{where}: {_sentence(first['type'], first['loc'], first['msg'], first.get('input'))}") from None
+        faults = sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")  # a misspelt key is missing too
+        first, key = faults[0], _key(faults[0]["loc"])
+        allowed = [fault["msg"] for fault in faults if _key(fault["loc"]) == key]  # one for each type that it may have
+        raise ConfigError(
+            f"{where}: {_sentence(first['type'], first['loc'], ' or '.join(allowed), first.get('input'))}"
+        ) from None
+
+
+def _key(location: tuple[int | str, ...]) -> str:
+    """A pydantic location as a key of the file, without the names of the types that were tried."""
+    return ".".join(str(part) for part in location if not TYPE.fullmatch(str(part)))
 
 
 def _sentence(kind: str, location: tuple[int | str, ...], message: str, value: object) -> str:
     """One pydantic error as one sentence: the key, what is wrong, what to do."""
-    key = ".".join(str(part) for part in location)
+    key = _key(location)
     if kind == "extra_forbidden":
         *parents, name = location
         near = difflib.get_close_matches(str(name), _keys_at(tuple(parents)), n=1)

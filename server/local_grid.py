@@ -26,14 +26,10 @@ class LocalGrid(Grid):
         run_config: as Flower's run config.
     """
 
-    def __init__(
-        self, client_app: ClientApp, node_configs: Sequence[UserConfig], run_config: UserConfig | None = None
-    ) -> None:
+    def __init__(self, client_app: ClientApp, node_configs: Sequence[UserConfig], run_config: UserConfig | None = None) -> None:
         self._app = client_app
         self._contexts = {
-            node: Context(
-                run_id=0, node_id=node, node_config=dict(config), state=RecordDict(), run_config=dict(run_config or {})
-            )
+            node: Context(run_id=0, node_id=node, node_config=dict(config), state=RecordDict(), run_config=dict(run_config or {}))
             for node, config in enumerate(node_configs, FIRST_NODE)
         }
         self._ids = map(str, itertools.count())
@@ -83,6 +79,5 @@ class LocalGrid(Grid):
 def node_configs(names: Sequence[str], folder: str) -> list[UserConfig]:
     """Node configurations of simulated clients: a name, a place in the partition, and a folder for what they keep."""
     return [
-        {"name": name, "partition-id": index, "num-partitions": len(names), "folder": folder}
-        for index, name in enumerate(names)
+        {"name": name, "partition-id": index, "num-partitions": len(names), "folder": folder} for index, name in enumerate(names)
     ]

@@ -27,7 +27,7 @@ def run_folder(folder: Path, config: RunConfig, resume: bool) -> Iterator[None]:
     except FederationError:
         raise
     except FedsbError:
-        if new and not (folder / "checkpoints").exists():
+        if new and not any(folder.glob("checkpoints/round-*")):
             _remove(folder, keep=there)
         raise
 

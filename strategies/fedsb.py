@@ -77,15 +77,11 @@ class FedSB(Strategy):
         drawn = random.Random(f"{self.config.seed}:sample:{server_round}").sample(by_name, min(wanted, len(by_name)))
         return [node for _, node in sorted(drawn)]
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """The global state to every client drawn for this round."""
         return [order_message(node, TRAIN, self.order(server_round), arrays) for node in self.sample(server_round)]
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The exact mean of the cores that pass their checks; None if fewer than `min_clients` do."""
         mean, losses = Mean(self.layout.size), Mean(1)
         self.error.start()
@@ -109,9 +105,7 @@ class FedSB(Strategy):
         metrics = MetricRecord({LOSS: float(losses.result()), "aggregation-error": distance, "clients": mean.count})
         return pack_state(average, self.config.federation.wire_dtype), metrics
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """The question `config["which"]` (base, global or personal) to every client; only `global` carries a state."""
         which = str(config["which"])
         order, state = self.order(server_round, which), arrays if which == "global" else None
@@ -131,7 +125,11 @@ class FedSB(Strategy):
         """Each client's own score: its name and loss, exact_match, n, task."""
         for client, reply in self.accepted(server_round, replies):
             try:
-                score = {"loss": metric(reply, LOSS), "exact_match": metric(reply, EXACT_MATCH), "n": metric(reply, EXAMPLES)}
+                score = {
+                    "loss": metric(reply, LOSS),
+                    "exact_match": metric(reply, EXACT_MATCH),
+                    "n": metric(reply, EXAMPLES),
+                }
                 check_weight(score["n"])
             except ReplyError as error:
                 self.refuse(server_round, client, error)

@@ -144,7 +144,10 @@ def order_message(node: int, kind: str, order: Order, arrays: ArrayRecord | None
 
 
 def reply_message(
-    message: Message, identity: Identity, metrics: Mapping[str, int | float] | None = None, state: ArrayRecord | None = None
+    message: Message,
+    identity: Identity,
+    metrics: Mapping[str, int | float] | None = None,
+    state: ArrayRecord | None = None,
 ) -> Message:
     """A client's reply."""
     content = RecordDict({IDENTITY: identity.record()})

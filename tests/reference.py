@@ -81,9 +81,7 @@ def gradients(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str,
     return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
 
 
-def summed_gradient(
-    layers: Mapping[str, nn.Module], batches: Iterable[Any], loss: Callable[[Any], Tensor]
-) -> dict[str, Tensor]:
+def summed_gradient(layers: Mapping[str, nn.Module], batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> dict[str, Tensor]:
     """Layer → the sum over batches of its weight's whole gradient (out, in), fp64."""
     weights: dict[str, nn.Parameter] = {name: layer.weight for name, layer in layers.items()}  # type: ignore[misc]
     total = {name: torch.zeros(weight.shape, dtype=torch.float64) for name, weight in weights.items()}
@@ -110,9 +108,7 @@ def farthest_angle(one: Tensor, other: Tensor) -> float:
 
 
 @torch.no_grad()
-def exact_matches(
-    model: Any, rows: Sequence[Encoded], tokenizer: Any, max_new_tokens: int
-) -> list[bool]:
+def exact_matches(model: Any, rows: Sequence[Encoded], tokenizer: Any, max_new_tokens: int) -> list[bool]:
     """Example by example, greedy decoding by transformers, token for token against completion and end of sequence."""
     found = []
     for row in rows:

@@ -26,7 +26,12 @@ def attach(model: Any, config: RunConfig) -> Any:
     targets = adapter.target_modules if isinstance(adapter.target_modules, str) else list(adapter.target_modules)
     task = TaskType.SEQ_CLS if config.model.kind == "classification" else TaskType.CAUSAL_LM
     peft_config = LoraSbConfig(
-        r=adapter.rank, target_modules=targets, basis="later", basis_dtype=config.basis.dtype, seed=config.seed, task_type=task
+        r=adapter.rank,
+        target_modules=targets,
+        basis="later",
+        basis_dtype=config.basis.dtype,
+        seed=config.seed,
+        task_type=task,
     )
     try:
         with warnings.catch_warnings():  # PEFT 0.21 asks transformers 5.23 in a way that is deprecated
@@ -35,7 +40,8 @@ def attach(model: Any, config: RunConfig) -> Any:
     except ValueError as error:
         names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise AdapterError(
-            f"adapter.target_modules = {targets} matches no layer of {config.model.source}; its linear layers are {', '.join(names)}"
+            f"adapter.target_modules = {targets} matches no layer of {config.model.source}; "
+            f"its linear layers are {', '.join(names)}"
         ) from error
     peft_model.eval()
     return peft_model
@@ -58,4 +64,3 @@ def initial_state(layout: Layout, seed: int) -> State:
         fresh = name.startswith(HEAD) and len(shape) > 1
         state[name] = torch.randn(shape, generator=seeded(seed, name)) * HEAD_SPREAD if fresh else torch.zeros(shape)
     return state
-

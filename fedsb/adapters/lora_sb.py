@@ -55,7 +55,7 @@ class LoraSbConfig(PeftConfig):
     save_basis: bool = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = FEDSB
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list | tuple):
@@ -103,9 +103,9 @@ class LoraSbLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         core = nn.Linear(r, r, bias=False, dtype=torch.float32)
         nn.init.zeros_(core.weight)
         self.fedsb_core[adapter_name] = core
-        empty = {"dtype": torch.float32, "device": weight.device}
         self.fedsb_basis[adapter_name] = Frames(
-            torch.zeros(self.out_features, r, **empty), torch.zeros(r, self.in_features, **empty)
+            torch.zeros(self.out_features, r, device=weight.device),
+            torch.zeros(r, self.in_features, device=weight.device),
         )
         self._move_adapter_to_device_of_base_layer(adapter_name)
         core.to(torch.float32)
@@ -145,7 +145,7 @@ class LoraSbLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.fedsb_core:
                 continue
-            weight = self.get_base_layer().weight
+            weight = self.weight
             merged = (weight.data.float() + self.get_delta_weight(name)).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
@@ -155,7 +155,7 @@ class LoraSbLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def unmerge(self) -> None:
         """Take the merged deltas off again; exact up to rounding in the base weight's dtype."""
         while self.merged_adapters:
-            weight = self.get_base_layer().weight
+            weight = self.weight
             weight.data = (weight.data.float() - self.get_delta_weight(self.merged_adapters.pop())).to(weight.dtype)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:

@@ -16,6 +16,8 @@ from fedsb.basis.frames import DTYPES, Basis, fingerprint_of
 from fedsb.basis.spectral import check_rank, random_basis, weights_basis
 from fedsb.errors import AdapterError, BasisError
 
+__all__ = ["LoraSbConfig", "LoraSbModel", "adapted_layers", "basis_of", "set_basis"]
+
 
 def adapted_layers(model: nn.Module) -> dict[str, LoraSbLinear]:
     """Layer name (its path in the base model) → adapted layer, in the model's order."""
@@ -59,14 +61,14 @@ def basis_of(model: nn.Module, adapter: str = "default") -> Basis:
     )
 
 
-class LoraSbModel(BaseTuner):  # type: ignore[misc]
+class LoraSbModel(BaseTuner):
     """A transformers model whose target layers are `LoraSbLinear`."""
 
     prefix = "fedsb_"
     tuner_layer_cls = LoraSbLinear
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  PEFT's name; target_modules defaults to all-linear
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]  # PEFT hands in our own configuration
         self,
         peft_config: LoraSbConfig,
         adapter_name: str,
@@ -91,7 +93,9 @@ class LoraSbModel(BaseTuner):  # type: ignore[misc]
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def _post_injection_hook(self, model: nn.Module, config: LoraSbConfig, adapter_name: str) -> None:
+    def _post_injection_hook(  # type: ignore[override]
+        self, model: nn.Module, config: LoraSbConfig, adapter_name: str
+    ) -> None:
         """Build the basis that the configuration asks for. On loading, `_remap_adapter_state_dict_for_load` has the last word."""
         loading = config.basis_fingerprint is not None
         if config.basis == "later" or loading:
@@ -103,7 +107,7 @@ class LoraSbModel(BaseTuner):  # type: ignore[misc]
         first = not hasattr(self.model, "peft_config")
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if not first:
-            self._post_injection_hook(model, self.peft_config[adapter_name], adapter_name)
+            self._post_injection_hook(model, self.peft_config[adapter_name], adapter_name)  # type: ignore[arg-type]
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -130,10 +134,17 @@ class LoraSbModel(BaseTuner):  # type: ignore[misc]
                 handle.remove()
 
     @classmethod
-    def _get_adapter_state_dict(
-        cls, model: nn.Module, config: LoraSbConfig, adapter_name: str, state_dict: dict[str, Tensor], unwanted_adapter_names: list[str]
+    def _get_adapter_state_dict(  # type: ignore[override]
+        cls,
+        model: nn.Module,
+        config: LoraSbConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
         if config.save_basis:
             dtype = DTYPES[config.basis_dtype]
             for name, module in model.named_modules():
@@ -144,7 +155,7 @@ class LoraSbModel(BaseTuner):  # type: ignore[misc]
         return found
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
         cls, model: nn.Module, config: LoraSbConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Take B and A out of a file, or build them anew, and refuse those of another fingerprint."""

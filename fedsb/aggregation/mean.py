@@ -28,7 +28,9 @@ class Mean:
     def add(self, vector: Tensor, weight: float) -> None:
         """Count one client's vector (size,), fp32 or bf16, with a positive weight."""
         if vector.shape != (self.size,) or not weight > 0:
-            raise ValueError(f"a vector of {self.size} numbers and a positive weight are needed, not {tuple(vector.shape)}, {weight}")
+            raise ValueError(
+                f"a vector of {self.size} numbers and a positive weight are needed, not {tuple(vector.shape)}, {weight}"
+            )
         for total, part in zip(self._sum.split(BLOCK), vector.split(BLOCK), strict=True):
             total.add_(part, alpha=weight)  # torch widens `part` to fp64 before it multiplies
         self._weight += weight

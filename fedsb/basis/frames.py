@@ -69,5 +69,7 @@ class Basis:
     def to(self, dtype: torch.dtype) -> "Basis":
         """The same basis with B and A kept in `dtype`; R0 stays fp32."""
         return Basis(
-            {name: t.to(dtype) for name, t in self.B.items()}, {name: t.to(dtype) for name, t in self.A.items()}, self.R0
+            {name: t.to(dtype) for name, t in self.B.items()},
+            {name: t.to(dtype) for name, t in self.A.items()},
+            self.R0,
         )

@@ -41,7 +41,8 @@ def random_orthonormal(rows: int, columns: int, generator: torch.Generator) -> T
     """
     gaussian = torch.randn(rows, columns, dtype=torch.float64, generator=generator)
     q, r = torch.linalg.qr(gaussian)
-    return (q * r.diagonal().sign()).to(torch.float32)
+    signed: Tensor = q * r.diagonal().sign()
+    return signed.to(torch.float32)
 
 
 def random_basis(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> Basis:
@@ -49,7 +50,10 @@ def random_basis(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) ->
     check_rank(shapes, rank)
     return Basis(
         {name: random_orthonormal(out, rank, seeded(seed, "basis", name, "B")) for name, (out, _) in shapes.items()},
-        {name: random_orthonormal(in_, rank, seeded(seed, "basis", name, "A")).T.contiguous() for name, (_, in_) in shapes.items()},
+        {
+            name: random_orthonormal(in_, rank, seeded(seed, "basis", name, "A")).T.contiguous()
+            for name, (_, in_) in shapes.items()
+        },
         {name: torch.zeros(rank, rank) for name in shapes},
     )
 

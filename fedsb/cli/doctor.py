@@ -19,8 +19,14 @@ from fedsb.models import SHORT_NAMES, device_of, dtype_of, locate
 from fedsb.report.units import human_bytes
 
 PACKAGES = {
-    "torch": "2.6", "transformers": "5.0", "peft": "0.21", "opacus": "1.6", "safetensors": "0.8", "flwr": "1.41",
-    "reasoning_gym": "0.1.25", "gguf": "0.10",
+    "torch": "2.6",
+    "transformers": "5.0",
+    "peft": "0.21",
+    "opacus": "1.6",
+    "safetensors": "0.8",
+    "flwr": "1.41",
+    "reasoning_gym": "0.1.25",
+    "gguf": "0.10",
 }
 MEMORY_NEEDED = 4e9
 DISK_NEEDED = 2e9

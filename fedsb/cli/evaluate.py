@@ -49,6 +49,9 @@ def evaluate_run(run: Path) -> dict[str, dict[str, dict[str, Any]]]:
         for which, vector in vectors.items():
             score = session.score(site, vector)
             scores[which][name] = {
-                "loss": score.loss, "exact_match": score.exact_match, "n": score.n, "task": session.task_of(site)
+                "loss": score.loss,
+                "exact_match": score.exact_match,
+                "n": score.n,
+                "task": session.task_of(site),
             }
     return scores

@@ -27,7 +27,8 @@ def export(
     client: Annotated[str | None, typer.Option(help="export this client's adapter")] = None,
     all_: Annotated[bool, typer.Option("--all", help="export every client's adapter")] = False,
     format_: Annotated[
-        Format, typer.Option("--format", help="lora: plain LoRA for PEFT and vLLM; core: ours, small matrices with their basis")
+        Format,
+        typer.Option("--format", help="lora: plain LoRA for PEFT and vLLM; core: ours, small matrices with their basis"),
     ] = Format.lora,
 ) -> None:
     """Write personal adapters of a run as folders: plain LoRA for PEFT and vLLM, or our own format."""

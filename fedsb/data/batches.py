@@ -164,9 +164,7 @@ def _fitted(prompt: list[int], completion: list[int], max_length: int, name: str
     return Encoded(prompt[-room:], completion)
 
 
-def _prompt_ids(
-    prompts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", system_prompt: str | None
-) -> list[list[int]]:
+def _prompt_ids(prompts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", system_prompt: str | None) -> list[list[int]]:
     if tokenizer.chat_template:
         rendered = [_rendered(prompt, tokenizer, system_prompt) for prompt in prompts]
         ids: list[list[int]] = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
@@ -183,9 +181,7 @@ def _rendered(prompt: str, tokenizer: "PreTrainedTokenizerBase", system_prompt: 
     try:
         text = _template(tokenizer, system_prompt, prompt)
     except TemplateError as error:
-        raise DataError(
-            f"the model's chat template refuses the messages ({error}); leave data.system_prompt out"
-        ) from error
+        raise DataError(f"the model's chat template refuses the messages ({error}); leave data.system_prompt out") from error
     if system_prompt and system_prompt.strip() not in text:
         raise DataError("the model's chat template drops the system message; leave data.system_prompt out")
     return text

@@ -89,9 +89,7 @@ def _check_options(task: TaskSection, name: str, config: Any) -> None:
 def _size(task: TaskSection, split: Literal["train", "test"]) -> int:
     size = task.train if split == "train" else task.test
     if size is None:
-        raise DataError(
-            f"{task.source}: makes as many examples as it is told to; set data.tasks.{split} (task {task.name})"
-        )
+        raise DataError(f"{task.source}: makes as many examples as it is told to; set data.tasks.{split} (task {task.name})")
     return size
 
 
@@ -136,9 +134,7 @@ def _questions(task: TaskSection, split: str, size: int, seed: int) -> Iterator[
                 yield dataset[i]
         except Exception as error:  # assertions and type errors of 100 data sets about their options
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(
-                f"{task.source}: makes no questions with options {task.options} ({reason}); change them"
-            ) from error
+            raise DataError(f"{task.source}: makes no questions with options {task.options} ({reason}); change them") from error
 
 
 def _example(task: TaskSection, item: dict[str, Any]) -> Example:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from fedsb.errors import DataError
 
 FORMS = (
-    'a row is {"prompt": text, "completion": text, "answer": text (may be left out)} '
-    'or {"text": text, "label": text or integer}'
+    'a row is {"prompt": text, "completion": text, "answer": text (may be left out)} or {"text": text, "label": text or integer}'
 )
 
 

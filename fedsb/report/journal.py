@@ -1,6 +1,7 @@
 """What happens in a run, told twice: one JSON line an event in `events.jsonl`, and a line or bar on the screen."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,5 +26,14 @@ class Journal:
     def tell(self, event: str, **fields: Any) -> None:
         """Write an event down. Raises DiskError."""
         entry = {"time": round(time.time(), 3), "event": event, **fields}
-        append_line(self.path, json.dumps(entry))
+        append_line(self.path, json.dumps(_writable(entry)))
         self.screen.show(entry)
+
+
+def _writable(value: Any) -> Any:
+    """NaN and infinity, which JSON does not know, become null."""
+    if isinstance(value, dict):
+        return {key: _writable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_writable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

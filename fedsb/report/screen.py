@@ -42,8 +42,14 @@ class Bars:
 
     def __init__(self) -> None:
         self._progress = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"),
-            console=Console(stderr=True), transient=True,
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
+            transient=True,
         )
         self._progress.start()
         self._task: TaskID | None = None
@@ -75,7 +81,10 @@ def sentence(event: dict[str, Any]) -> str:
     """One event as a line for people; "" for those that only a bar shows."""
     match event["event"]:
         case "start":
-            return f"{event['run']}: {event['clients']} clients, {event['model']}, {event['method']} rank {event['rank']}, {event['trainable']:,} trained parameters"
+            return (
+                f"{event['run']}: {event['clients']} clients, {event['model']}, "
+                f"{event['method']} rank {event['rank']}, {event['trainable']:,} trained parameters"
+            )
         case "resumed":
             return f"resumed after round {event['round']}"
         case "basis":
@@ -92,7 +101,10 @@ def sentence(event: dict[str, Any]) -> str:
         case "silent":
             return f"round {event['round']}: {event['client']} did not answer in time"
         case "personalised":
-            return f"personal adapters: {event['clients']} clients, up {human_bytes(event['up'])} ({human_seconds(event['seconds'])})"
+            return (
+                f"personal adapters: {event['clients']} clients, "
+                f"up {human_bytes(event['up'])} ({human_seconds(event['seconds'])})"
+            )
         case _:
             return ""
 

@@ -4,7 +4,7 @@
 def human_bytes(count: float) -> str:
     """Bytes with a decimal unit: 0 B, 3.4 MB."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if round(count, 1) < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"

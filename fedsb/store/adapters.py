@@ -147,8 +147,7 @@ def load(store: Path, client: str, version: int | None = None) -> StoredAdapter:
     stored = _read(folder)
     if stored is None or (stored.manifest.client, stored.manifest.version) != (client, number):
         raise AdapterError(
-            f"{folder}: is not what was published (missing, torn or changed); "
-            f"publish {client} anew, or name another version"
+            f"{folder}: is not what was published (missing, torn or changed); publish {client} anew, or name another version"
         )
     _check(stored.state, stored.manifest.rank, str(folder))
     return stored
@@ -172,8 +171,7 @@ def versions(store: Path, client: str) -> list[int]:
 def _folder(store: Path, client: str) -> Path:
     if not CLIENT.fullmatch(client):
         raise StoreError(
-            f"{client!r}: is no client name; use 1 to 63 of a-z, 0-9, dot, dash and underscore, "
-            "beginning with a letter or digit"
+            f"{client!r}: is no client name; use 1 to 63 of a-z, 0-9, dot, dash and underscore, beginning with a letter or digit"
         )
     return store / client
 

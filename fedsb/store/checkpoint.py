@@ -115,6 +115,5 @@ def _load(folder: Path, number: int, config_digest: str) -> Checkpoint:
 
 def _torn(file: Path) -> CheckpointError:
     return CheckpointError(
-        f"{file}: is missing, torn, or not what was saved; "
-        f"delete the folder {file.parent} to resume from the round before"
+        f"{file}: is missing, torn, or not what was saved; delete the folder {file.parent} to resume from the round before"
     )

@@ -1,5 +1,6 @@
 """Local training: a client's steps of one round. Without state between rounds, so a resumed run repeats it exactly."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from fedsb.data.seeds import generator
 from fedsb.training.loss import causal_loss, classification_loss
 
 FINAL_SHARE = 0.1  # of the learning rate at the end of the linear schedule
-PERSONAL_SHARE = 1 / 3  # of the training learning rate, for personalisation
+PERSONAL_SHARE = FINAL_SHARE  # personalisation goes on at the learning rate at which training ended
 REFERENCE = {"causal": (1e-2, 64), "classification": (1e-2, 32)}  # (learning rate, rank) measured best; docs/log.md
 
 
@@ -50,7 +51,7 @@ def learning_rate(config: RunConfig) -> float:
     if chosen != "auto":
         return chosen
     rate, rank = REFERENCE[config.model.kind]
-    return rate * (rank / config.adapter.rank) ** 0.5
+    return rate * math.sqrt(rank / config.adapter.rank)
 
 
 def round_plan(config: RunConfig, server_round: int) -> Plan:

@@ -116,5 +116,3 @@ def run_config(**sections: Any) -> RunConfig:
     for key, value in sections.items():
         table[key] = table.get(key, {}) | value if isinstance(value, dict) else value
     return RunConfig.model_validate(table)
-
-

@@ -15,14 +15,16 @@ CLASSES = {"kind": "classification"}
 def test_all_linear_layers_but_the_output_head() -> None:
     model = attach(llama(), run_config())
     names = {name.rpartition(".")[2] for name in shapes_of(model)}
-    assert names == set(ALL) and len(shapes_of(model)) == 14
+    assert names == set(ALL)
+    assert len(shapes_of(model)) == 14
     assert shapes_of(model)["model.layers.1.mlp.up_proj"] == (48, 32)
     assert not model.training
 
 
 def test_a_classifier_gets_a_head_to_train() -> None:
     model = attach(bert(), run_config(model=CLASSES))
-    assert "bert.pooler.dense" in shapes_of(model) and "classifier" not in shapes_of(model)
+    assert "bert.pooler.dense" in shapes_of(model)
+    assert "classifier" not in shapes_of(model)
     assert [name for name, _ in layout_of(model).shapes if name.startswith("head.")] == [
         "head.classifier.weight",
         "head.classifier.bias",
@@ -31,7 +33,8 @@ def test_a_classifier_gets_a_head_to_train() -> None:
 
 def test_the_layers_asked_for() -> None:
     model = attach(llama(), run_config(adapter={"target_modules": ["q_proj", "v_proj"]}))
-    assert {name.rpartition(".")[2] for name in shapes_of(model)} == {"q_proj", "v_proj"} and len(shapes_of(model)) == 4
+    assert {name.rpartition(".")[2] for name in shapes_of(model)} == {"q_proj", "v_proj"}
+    assert len(shapes_of(model)) == 4
 
 
 def test_targets_that_match_nothing_are_told_with_those_that_would() -> None:

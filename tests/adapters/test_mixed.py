@@ -82,7 +82,8 @@ def test_a_classifier_with_a_head_for_each_adapter_and_inputs_of_two_dimensions(
     model = _three(bert(), task_type="SEQ_CLS")
     assert "bert.pooler.dense" in adapted_layers(model)
     heads = [parameters_of(model, name)["head.classifier.weight"] for name in ("default", "second", "other")]
-    assert not torch.equal(heads[0], heads[1]) and not torch.equal(heads[1], heads[2])
+    assert not torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[1], heads[2])
     _compare(model, tokens(7), NAMES)
 
 
@@ -111,7 +112,8 @@ def test_generate_equals_one_adapter_at_a_time(beams: int) -> None:
             model.set_adapter(name)
             alone = model.generate(input_ids=ids[row : row + 1], **settings)
         width = alone.shape[1]
-        assert mixed[row, :width].tolist() == alone[0].tolist() and (mixed[row, width:] == 0).all()
+        assert mixed[row, :width].tolist() == alone[0].tolist()
+        assert (mixed[row, width:] == 0).all()
         texts.append(tuple(alone[0, 5:].tolist()))
     assert len(set(texts)) == 4
 
@@ -127,7 +129,7 @@ def test_names_that_do_not_go_with_the_rows_are_refused() -> None:
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(ValueError, match="non-existing adapter.*nobody"):
+    with pytest.raises(ValueError, match=r"non-existing adapter.*nobody"):
         _three(llama())(tokens(), adapter_names=["second", "nobody"])
 
 

@@ -64,7 +64,8 @@ def test_a_file_holds_cores_in_fp32_and_the_basis_in_its_own_dtype(tmp_path: Pat
 def test_a_file_without_basis_is_as_small_as_its_cores(tmp_path: Path) -> None:
     model = adapted(llama(), save_basis=False)
     weights = load_file(_saved(tmp_path, model) / WEIGHTS)
-    assert {tuple(tensor.shape) for tensor in weights.values()} == {(RANK, RANK)} and len(weights) == 14
+    assert {tuple(tensor.shape) for tensor in weights.values()} == {(RANK, RANK)}
+    assert len(weights) == 14
 
 
 def test_a_bf16_basis_on_an_fp32_model_is_saved_without_loss(tmp_path: Path) -> None:
@@ -72,6 +73,16 @@ def test_a_bf16_basis_on_an_fp32_model_is_saved_without_loss(tmp_path: Path) -> 
     weights = load_file(_saved(tmp_path, model) / WEIGHTS)
     assert {t.dtype for name, t in weights.items() if not name.endswith("core.weight")} == {torch.bfloat16}
     assert basis_of(model).fingerprint == model.peft_config["default"].basis_fingerprint
+
+
+def test_an_fp32_basis_on_a_bf16_model_loses_nothing(tmp_path: Path) -> None:
+    model = adapted(llama(torch.bfloat16), basis_dtype="fp32")
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in adapted_layers(model).items()}
+    expected = random_basis(shapes, RANK, 0).fingerprint
+    assert basis_of(model).fingerprint == model.peft_config["default"].basis_fingerprint == expected
+    loaded = PeftModel.from_pretrained(llama(torch.bfloat16), _saved(tmp_path, model))
+    assert basis_of(loaded).fingerprint == expected
+    assert _is_the_same(loaded, model)
 
 
 def test_a_given_basis_comes_back(tmp_path: Path) -> None:
@@ -101,7 +112,8 @@ def test_a_trained_head_comes_back(tmp_path: Path) -> None:
 def test_a_loaded_adapter_can_be_trained_on(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(llama(), _saved(tmp_path, adapted(llama())), is_trainable=True)
     trained = [name for name, p in loaded.named_parameters() if p.requires_grad]
-    assert len(trained) == 14 and all("fedsb_core" in name for name in trained)
+    assert len(trained) == 14
+    assert all("fedsb_core" in name for name in trained)
 
 
 @pytest.mark.parametrize("low_memory", [False, True])

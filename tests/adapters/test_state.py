@@ -14,9 +14,12 @@ shapes = st.lists(st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1
 def test_a_state_names_the_cores_and_the_head_in_order() -> None:
     model = adapted(bert(), task_type="SEQ_CLS")
     state = get_state(model)
-    assert list(state) == [f"{name}.core" for name in adapted_layers(model)] + ["head.classifier.weight", "head.classifier.bias"]
+    assert list(state) == [f"{name}.core" for name in adapted_layers(model)] + [
+        "head.classifier.weight",
+        "head.classifier.bias",
+    ]
     assert {tuple(t.shape) for name, t in state.items() if name.endswith(".core")} == {(RANK, RANK)}
-    assert list(get_state(adapted(llama())))[0] == "model.layers.0.self_attn.q_proj.core"
+    assert next(iter(get_state(adapted(llama())))) == "model.layers.0.self_attn.q_proj.core"
 
 
 def test_get_state_copies_and_set_state_puts_it_back() -> None:

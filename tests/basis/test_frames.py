@@ -40,7 +40,20 @@ def _of(change: str) -> str:
 
 
 def test_a_fingerprint_changes_with_anything_that_counts() -> None:
-    changes = ["", "name", "shape", "dtype", "byte of B", "byte of A", "sign of zero", "zero", "sides", "layers", "fewer", "bf16"]
+    changes = [
+        "",
+        "name",
+        "shape",
+        "dtype",
+        "byte of B",
+        "byte of A",
+        "sign of zero",
+        "zero",
+        "sides",
+        "layers",
+        "fewer",
+        "bf16",
+    ]
     assert len({_of(change) for change in changes}) == len(changes)
 
 

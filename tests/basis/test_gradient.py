@@ -89,7 +89,9 @@ def test_r0_is_a_positive_diagonal_that_grows_with_eta(case: Case, sign: bool) -
         assert not none.R0[name].any()
         diagonal = one.R0[name].diagonal()
         assert torch.equal(one.R0[name], torch.diag(diagonal))
-        assert (diagonal >= 0).all() and (diagonal.diff() <= 0).all() and diagonal[0] > 0
+        assert (diagonal >= 0).all()
+        assert (diagonal.diff() <= 0).all()
+        assert diagonal[0] > 0
         torch.testing.assert_close(two.R0[name], 2 * one.R0[name], atol=0, rtol=1e-4)
     assert_nearly_equal(none, one)
     assert_nearly_equal(two, one)
@@ -123,7 +125,9 @@ def test_no_trace_is_left_on_the_model(case: Case, sign: bool) -> None:
     weights = {name: p.detach().clone() for name, p in case.model.named_parameters()}
     case.basis(sign=sign)
     for name, p in case.model.named_parameters():
-        assert not p.requires_grad and p.grad is None and torch.equal(p, weights[name])
+        assert not p.requires_grad
+        assert p.grad is None
+        assert torch.equal(p, weights[name])
         assert not p._post_accumulate_grad_hooks
 
 
@@ -180,7 +184,8 @@ def test_sketches_are_linear() -> None:
 
 def test_a_sketch_is_much_smaller_than_the_gradient() -> None:
     sketch = Sketch((1000, 800), 8, seeded(0), torch.device("cpu"))
-    assert sketch.y.shape == (1000, 16) and sketch.z.shape == (32, 800)
+    assert sketch.y.shape == (1000, 16)
+    assert sketch.z.shape == (32, 800)
 
 
 def test_the_gradient_is_the_sum_over_batches(case: Case) -> None:

@@ -29,9 +29,7 @@ HEADED = (
 )
 PLAIN = f"{{% for message in messages %}}{TURN}{{% endfor %}}{ASSISTANT}"
 REFUSING = f"{{% if {FIRST_IS_SYSTEM} %}}{{{{ raise_exception('no system role') }}}}{{% endif %}}{PLAIN}"
-DROPPING = (
-    f"{{% for message in messages %}}{{% if message['role'] != 'system' %}}{TURN}{{% endif %}}{{% endfor %}}{ASSISTANT}"
-)
+DROPPING = f"{{% for message in messages %}}{{% if message['role'] != 'system' %}}{TURN}{{% endif %}}{{% endfor %}}{ASSISTANT}"
 # as Mistral: the system message goes into the user's
 MERGING = (
     "{{ '<s>user:' + (messages[0]['content'] + ' ' if messages[0]['role'] == 'system' else '') }}"
@@ -102,9 +100,7 @@ def test_end_of_sequence_stands_only_after_the_completion() -> None:
 
 def test_long_prompt_loses_its_beginning_and_the_completion_nothing() -> None:
     tokenizer = byte_tokenizer()
-    long, exact = encode(
-        [Example("t", "0123456789", "yes", ""), Example("t", "0123", "", "")], tokenizer, 7, None, "causal"
-    )
+    long, exact = encode([Example("t", "0123456789", "yes", ""), Example("t", "0123", "", "")], tokenizer, 7, None, "causal")
     assert (tokenizer.decode(long.prompt), tokenizer.decode(long.completion)) == ("89\n", "yes</s>")
     assert (tokenizer.decode(exact.prompt), tokenizer.decode(exact.completion)) == ("<b>0123\n", "</s>")
     assert (len(long), len(exact)) == (7, 7)
@@ -124,9 +120,7 @@ def test_tokenizer_that_cannot_end_an_answer() -> None:
 
 def test_classification_keeps_special_tokens_when_truncated() -> None:
     tokenizer = byte_tokenizer(ends="</s>")
-    rows = encode(
-        [Example("t", "abcdef", "", "", 1), Example("t", "x", "", "", 0)], tokenizer, 5, None, "classification"
-    )
+    rows = encode([Example("t", "abcdef", "", "", 1), Example("t", "x", "", "", 0)], tokenizer, 5, None, "classification")
     assert [tokenizer.decode(row.prompt) for row in rows] == ["<b>abc</s>", "<b>x</s>"]
     assert [row.label for row in rows] == [1, 0]
     assert not rows[0].completion
@@ -171,9 +165,7 @@ def test_batches_without_rows_keep_their_dimensions_and_types() -> None:
     causal, classes, prompts = collate([], 0, "causal"), collate([], 0, "classification"), collate_prompts([], 0)
     assert causal.input_ids.shape == causal.labels.shape == prompts.input_ids.shape == (0, 1)
     assert classes.labels.shape == (0,)
-    assert {t.dtype for b in (causal, classes, prompts) for t in (b.input_ids, b.attention_mask, b.labels)} == {
-        torch.int64
-    }
+    assert {t.dtype for b in (causal, classes, prompts) for t in (b.input_ids, b.attention_mask, b.labels)} == {torch.int64}
 
 
 def test_to_moves_every_tensor() -> None:

@@ -25,9 +25,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str | None, str], An
 def rows(*labels: int, names: list[str] | None = None) -> datasets.Dataset:
     label = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
     features = datasets.Features({"text": datasets.Value("string"), "label": label})
-    return datasets.Dataset.from_dict(
-        {"text": [f"t{i}" for i in range(len(labels))], "label": labels}, features=features
-    )
+    return datasets.Dataset.from_dict({"text": [f"t{i}" for i in range(len(labels))], "label": labels}, features=features)
 
 
 def task(**fields: Any) -> TaskSection:
@@ -83,9 +81,7 @@ def test_failure_says_what_to_do(monkeypatch: pytest.MonkeyPatch, failure: Excep
         raise failure
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(
-        DataError, match=r"^hub:org/set: its split train cannot be loaded \(.+\); check .* the network.*$"
-    ):
+    with pytest.raises(DataError, match=r"^hub:org/set: its split train cannot be loaded \(.+\); check .* the network.*$"):
         load_task(task(), "train", 0)
 
 

@@ -17,10 +17,7 @@ def folder(path: Path, rows: int, labels: int | None = None) -> str:
     path.mkdir(parents=True)
     for split, count in (("train", rows), ("test", rows // 2)):
         texts = [f"{path.name} {split} {i}" for i in range(count)]
-        forms = [
-            {"text": t, "label": i % labels} if labels else {"prompt": t, "completion": "c"}
-            for i, t in enumerate(texts)
-        ]
+        forms = [{"text": t, "label": i % labels} if labels else {"prompt": t, "completion": "c"} for i, t in enumerate(texts)]
         (path / f"{split}.jsonl").write_text("".join(json.dumps(form) + "\n" for form in forms))
     return f"jsonl:{path}"
 

@@ -131,9 +131,7 @@ def test_with_too_few_clients_on_the_basis_no_round_begins(llama: str, words: st
     assert not events(out, "reply")
 
 
-def test_a_resumed_run_takes_its_basis_from_disk(
-    llama: str, words: str, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_takes_its_basis_from_disk(llama: str, words: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(table(llama, words, basis=_public(words)))
     first = federate(config, out)
     monkeypatch.setattr("server.federation.build_basis", lambda *_: pytest.fail("built again"))

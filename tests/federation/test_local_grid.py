@@ -92,14 +92,14 @@ class Census:
     """A client app whose replies are counted while they live."""
 
     def __init__(self, make: Any) -> None:
-        self.alive: weakref.WeakSet[ArrayRecord] = weakref.WeakSet()
+        self.alive: weakref.WeakValueDictionary[int, ArrayRecord] = weakref.WeakValueDictionary()
         self.most = 0
         self.app = ClientApp()
 
         @self.app.train()
         def train(message: Message, context: Context) -> Message:
             reply: Message = make(message)
-            self.alive.add(reply.content["arrays"])
+            self.alive[message.metadata.dst_node_id] = reply.content["arrays"]
             self.most = max(self.most, len(self.alive))
             return reply
 
@@ -126,7 +126,9 @@ def test_the_whole_round_holds_no_more_replies_either() -> None:
         order = Order.of(message)
         name = desk.roster[message.metadata.dst_node_id]
         identity = Identity(name, order.round, order.basis, LAYOUT.fingerprint)
-        return reply_message(message, identity, {EXAMPLES: 1, LOSS: 1.0, SECONDS: 0.0}, pack_state(torch.ones(LAYOUT.size), "fp32"))
+        return reply_message(
+            message, identity, {EXAMPLES: 1, LOSS: 1.0, SECONDS: 0.0}, pack_state(torch.ones(LAYOUT.size), "fp32")
+        )
 
     census = Census(answer)
     grid = LocalGrid(census.app, [{}] * 300)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedsb.errors import FederationError
 from server.local_grid import LocalGrid
-from strategies.records import EXAMPLES, EXACT_MATCH, LOSS, RAW_BF16, SECONDS, pack_state, unpack_state
+from strategies.records import EXACT_MATCH, EXAMPLES, LOSS, RAW_BF16, SECONDS, pack_state, unpack_state
 from tests.federation.bench import LAYOUT, Desk, Spoil, vectors
 from tests.federation.tiny import config_of, equal, events, federate, final_state, local_grid, personal_states, table
 
@@ -178,7 +178,9 @@ def test_too_few_usable_replies_are_no_round() -> None:
 
 def test_a_bad_score_is_named_and_left_out() -> None:
     desk = Desk(3)
-    questions = list(desk.strategy.configure_evaluate(3, pack_state(vectors(1)[0], "fp32"), ConfigRecord({"which": "base"}), desk.grid))
+    questions = list(
+        desk.strategy.configure_evaluate(3, pack_state(vectors(1)[0], "fp32"), ConfigRecord({"which": "base"}), desk.grid)
+    )
     assert all("arrays" not in question.content for question in questions)
     numbers: list[dict[str, Any]] = [{EXACT_MATCH: 0.5}, {EXACT_MATCH: float("nan")}, {EXACT_MATCH: 0.5, EXAMPLES: 0}]
     replies = [desk.reply(q, None, m) for q, m in zip(questions, numbers, strict=True)]

@@ -19,7 +19,15 @@ from clients.session import Session
 from fedsb.config import RunConfig
 from fedsb.errors import BasisError, CheckpointError, StoreError
 from fedsb.report.journal import Journal
-from tests.federation.tiny import assert_same_result, assert_same_run, classification, config_of, events, federate, table
+from tests.federation.tiny import (
+    assert_same_result,
+    assert_same_run,
+    classification,
+    config_of,
+    events,
+    federate,
+    table,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -131,7 +139,12 @@ def test_a_run_killed_and_resumed_is_as_if_uninterrupted(config: RunConfig, whol
 
 def test_killed_again_and_again(config: RunConfig, whole: Path, out: Path) -> None:
     killed(config, out, "in the middle of the first round")
-    for place in ("writing the first checkpoint", "between rounds", "in the middle of publishing", "writing the summary"):
+    for place in (
+        "writing the first checkpoint",
+        "between rounds",
+        "in the middle of publishing",
+        "writing the summary",
+    ):
         killed(config, out, place, resume=True)
     federate(config, out, resume=True)
     assert_same_run(whole, out)
@@ -205,7 +218,7 @@ def test_a_checkpoint_of_another_basis_is_refused(config: RunConfig, llama: str,
 
 
 def test_a_process_that_is_really_killed(llama: str, words: str, tmp_path: Path) -> None:
-    """kill -9 of `fedsb simulate` in the middle of its rounds, then --resume on the command line."""
+    """kill -9 of `fedsb simulate` in the middle of its rounds, resumed by another process: this one."""
     config = config_of(table(llama, words, federation={"rounds": 6}, train={"steps": 4}))
     (tmp_path / "tiny.toml").write_text(config.to_toml())
     out = tmp_path / "run"
@@ -217,7 +230,7 @@ def test_a_process_that_is_really_killed(llama: str, words: str, tmp_path: Path)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert list(out.glob("checkpoints/round-0002")) and not (out / "summary.json").exists()
-    subprocess.run([*command, "--resume"], cwd=ROOT, check=True, timeout=120, stdout=subprocess.DEVNULL)
+    federate(config, out, resume=True)
     federate(config, tmp_path / "whole")
     assert_same_run(tmp_path / "whole", out)
     lines = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]

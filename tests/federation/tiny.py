@@ -18,10 +18,8 @@ from fedsb.store.files import load_tensors, read_events, read_json
 from server.app import app as server_app
 from server.local_grid import LocalGrid, node_configs
 
-WORDS = "red green blue cat dog bird one two three up down left right".split()
-TEMPLATE = (
-    "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
-)
+WORDS = ["red", "green", "blue", "cat", "dog", "bird", "one", "two", "three", "up", "down", "left", "right"]
+TEMPLATE = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
 State = dict[str, torch.Tensor]
 
 

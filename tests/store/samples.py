@@ -45,9 +45,7 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {name: (m.out_features, m.in_features) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
-def publish(
-    store: Path, client: str, tensors: Mapping[str, Tensor], fingerprint: str = "00" * 32, **fields: object
-) -> int:
+def publish(store: Path, client: str, tensors: Mapping[str, Tensor], fingerprint: str = "00" * 32, **fields: object) -> int:
     """`adapters.publish` with everything filled in."""
     known = {"base_model": MODEL, "method": "lora-sb", "rank": RANK, "round": 5, "task": "chain_sum"}
     return adapters.publish(store, client, tensors, basis_fingerprint=fingerprint, **(known | fields))  # type: ignore[arg-type]

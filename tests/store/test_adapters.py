@@ -123,9 +123,7 @@ CORE = "model.layers.0.q_proj.core"
         (CORE, torch.full((4, 4), float("nan")), True, "holds NaN or infinity"),
     ],
 )
-def test_a_tampered_core_is_refused(
-    tmp_path: Path, name: str, value: torch.Tensor | None, rehash: bool, told: str
-) -> None:
+def test_a_tampered_core_is_refused(tmp_path: Path, name: str, value: torch.Tensor | None, rehash: bool, told: str) -> None:
     publish(tmp_path, "a", state())
     _spoil(tmp_path, name, value, rehash)
     with pytest.raises(AdapterError, match=told):

@@ -101,9 +101,7 @@ def test_an_error_inside_staged_folder_leaves_the_old_one(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("failing", [1, 2])
-def test_a_failing_rename_puts_the_old_folder_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
-) -> None:
+def test_a_failing_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
     path = tmp_path / "folder"
     with files.staged_folder(path) as staged:
         (staged / "file").write_text("old")

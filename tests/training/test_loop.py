@@ -10,7 +10,16 @@ from fedsb.adapters.state import get_state, parameters_of, set_state
 from fedsb.adapters.tuner import set_basis
 from fedsb.basis.spectral import random_basis
 from fedsb.data.batches import draw
-from fedsb.training.loop import FINAL_SHARE, PERSONAL_SHARE, REFERENCE, Plan, learning_rate, personal_plan, round_plan, train
+from fedsb.training.loop import (
+    FINAL_SHARE,
+    PERSONAL_SHARE,
+    REFERENCE,
+    Plan,
+    learning_rate,
+    personal_plan,
+    round_plan,
+    train,
+)
 from tests import reference
 from tests.adapters.samples import adapted, bert, llama, run_config, same, snapshot
 from tests.training.samples import labelled, rows
@@ -103,7 +112,14 @@ def test_clients_with_dropout_do_not_share_their_masks() -> None:
     for client in ("a", "b"):
         set_state(model, get_state(adapted(llama())))
         train(
-            model.get_base_model(), parameters_of(model), one_row, _plan(), kind="causal", pad_id=0, seed=0, client=client
+            model.get_base_model(),
+            parameters_of(model),
+            one_row,
+            _plan(),
+            kind="causal",
+            pad_id=0,
+            seed=0,
+            client=client,
         )
         found.append(get_state(model))
     assert not same(*found)
@@ -132,9 +148,9 @@ def test_a_head_has_its_own_learning_rate() -> None:
 def test_training_lowers_the_loss() -> None:
     model = adapted(llama(), random=False)
     plan = _plan(count=40, total=40, batch_size=8, microbatch=8, learning_rate=0.05)
-    first = reference.batch_loss(model.get_base_model(), rows(8).item())
+    first = reference.batch_loss(model.get_base_model(), rows(8)).item()
     _train(model, plan)
-    assert reference.batch_loss(model.get_base_model(), rows(8).item()) < 0.7 * first
+    assert reference.batch_loss(model.get_base_model(), rows(8)).item() < 0.7 * first
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,13 @@ from tests.adapters.samples import VOCABULARY, adapted, bert, frozen, gpt2, llam
 from tests.reference import batch_loss, gradients, sequence_loss
 from tests.training.samples import labelled, rows
 
-TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY, "pad_token_id": 0}
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 0,
+}
 GLU = TINY | {"intermediate_size": 48, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
 MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "lm_head_multiplier": 0.5}
 RECURRENT = {"num_hidden_layers": 3, "num_attention_heads": 4, "lru_width": 32, "attention_window_size": 16}

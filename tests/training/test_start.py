@@ -83,7 +83,8 @@ def test_the_papers_start_is_a_scaled_update(tmp_path: Path) -> None:
     half = _build(_public(tmp_path, 2, r0="paper", eta=0.25))
     assert not any(r0.any() for r0 in plain.R0.values())
     for name, r0 in paper.R0.items():
-        assert (r0.diagonal() > 0).all() and torch.equal(r0, torch.diag(r0.diagonal()))
+        assert (r0.diagonal() > 0).all()
+        assert torch.equal(r0, torch.diag(r0.diagonal()))
         torch.testing.assert_close(half.R0[name], r0 / 2, atol=0, rtol=1e-3)
 
 
