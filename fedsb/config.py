@@ -216,8 +216,9 @@ class RunConfig(Section):
         return self.federation.names or tuple(f"client-{i:0{width}d}" for i in range(self.federation.clients))
 
     def digest(self) -> str:
-        """SHA-256 over all that decides the result, so over everything but `[runtime]`."""
-        content = self.model_dump(mode="json", exclude={"runtime"})
+        """SHA-256 over all that decides the result, so over everything but `[runtime]` and the longest waits."""
+        waits = {"wait_seconds", "round_seconds"}
+        content = self.model_dump(mode="json", exclude={"runtime": True, "federation": waits})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_toml(self) -> str:
