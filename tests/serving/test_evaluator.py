@@ -141,7 +141,7 @@ def test_an_answer_at_the_end_of_a_text_is_generated(stages: list[Any], batch_si
 def test_a_text_that_only_ends_like_the_completion_is_no_exact_match(stages: list[Any]) -> None:
     """The last stage says "so 5" to "five": right for the answer 5, wrong for the completion 5."""
     last = stages[-1]
-    longer, whole = [Example("t", "five", "so 5", "5")], [Example("t", "five", "5", "5")]
+    longer, whole = [Example("t", "five", "it is 5", "5")], [Example("t", "five", "5", "5")]
     assert _score(last, longer, 1).exact_match == 1
     for batch_size in (1, 2):
         assert _score(last, longer + whole, batch_size).exact_match == 0.5

@@ -52,13 +52,14 @@ def _trained(plan: Plan, model: PeftModel | None = None, **changes: Any) -> dict
     return get_state(model)
 
 
-def test_training_is_adamw_on_the_mean_of_the_sequences_drawn() -> None:
-    plan = _plan()
+@pytest.mark.parametrize("first", [0, 3])
+def test_training_is_adamw_on_the_mean_of_the_sequences_drawn(first: int) -> None:
+    plan = _plan(first=first)
     model, naive = adapted(llama()), adapted(llama())
     before = snapshot(model)
     mean_loss = _train(model, plan)
     examples, losses, steps = rows(8), [], []
-    for step in range(3):
+    for step in range(first, first + 3):
         steps.append(([examples[i] for i in draw(8, step, 5, 0, "a")], plan.learning_rate * plan.factor(step)))
     for count in range(3):
         fresh = adapted(llama())
