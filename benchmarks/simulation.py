@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.only != "overhead":
         figures |= speedup(options.clients, options.rounds, options.turns, peer=not options.no_peer)
     if options.only != "speedup":
-        settings = options.set or ["federation.rounds=2", "train.steps=10", "personal.steps=10"]
+        settings = options.set or ["federation.rounds=2"]
         figures |= overhead(options.config, settings)
     report("simulation", figures)
 

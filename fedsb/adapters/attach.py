@@ -43,6 +43,12 @@ def attach(model: Any, config: RunConfig) -> Any:
             f"adapter.target_modules = {targets} matches no layer of {config.model.source}; "
             f"its linear layers are {', '.join(names)}"
         ) from error
+    adapted = [f".{name}" for name in adapted_layers(peft_model)]
+    missed = [t for t in targets if not any(name.endswith(f".{t}") for name in adapted)] if isinstance(targets, list) else []
+    if missed:
+        raise AdapterError(
+            f"adapter.target_modules: {', '.join(missed)} matches no linear layer of {config.model.source}; leave it out"
+        )
     peft_model.eval()
     return peft_model
 

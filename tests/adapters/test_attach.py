@@ -91,3 +91,10 @@ def test_attach_leaves_the_class_of_the_model_alone() -> None:
     model = attach(llama(), run_config())
     assert isinstance(model.get_base_model(), LlamaForCausalLM)
     assert all(not layer.core("default").weight.any() for layer in adapted_layers(model).values())
+
+
+def test_each_target_must_match() -> None:
+    """One name that matches does not hide another that matches nothing."""
+    config = run_config(adapter={"target_modules": ["q_proj", "k_porj"]})
+    with pytest.raises(AdapterError, match="k_porj matches no linear layer"):
+        attach(llama(), config)

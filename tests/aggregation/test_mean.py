@@ -120,9 +120,9 @@ def test_memory_does_not_grow_with_the_number_of_clients() -> None:
 
 def test_a_mean_can_be_read_before_the_last_reply() -> None:
     mean = Mean(1)
-    mean.add(torch.tensor([2.0]), 1)
+    mean.add(torch.tensor([2.0]), 2)
     assert mean.result().item() == mean.result().item() == 2
-    mean.add(torch.tensor([6.0]), 3)
+    mean.add(torch.tensor([6.0]), 6)
     assert mean.result().item() == 5
 
 
