@@ -19,8 +19,8 @@ setup: .venv/.ready ## make .venv with exact versions, and the small models that
 	@touch $@
 
 demo: setup ## four clients fine-tune SmolLM2-135M together (configs/quickstart.toml)
-	@rm -rf runs/quickstart
-	$(BIN)/fedsb simulate configs/quickstart.toml
+	@rm -rf runs/demo
+	$(BIN)/fedsb simulate configs/quickstart.toml --out runs/demo
 
 test: setup ## the test suite
 	$(BIN)/python -m pytest

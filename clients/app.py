@@ -42,7 +42,7 @@ def prepare(message: Message, context: Context) -> Message:
     site = site_of(context, session.config)
     sent = message.content.get(BASIS)
     basis = session.prepare(site, order.basis, unpack_basis(sent) if isinstance(sent, ArrayRecord) else None)
-    return reply_message(message, Identity(site.name, order.round, basis, session.layout.fingerprint))
+    return reply_message(message, Identity(site.name, order.round, basis, session.layout.fingerprint, model=session.model_sha256))
 
 
 @app.train()

@@ -57,6 +57,7 @@ class Session:
         self.config = config
         self.device = device_of(config.runtime.device)
         source = locate(config.model.source)
+        self.model_sha256 = source.sha256
         labels = len(label_names(config.data.tasks[0])) if config.model.kind == "classification" else None
         self.tokenizer = load_tokenizer(source)
         self.model = attach(load_model(source, config.model, labels, self.device), config)
@@ -119,7 +120,7 @@ class Session:
 
     def task_of(self, site: Site) -> str:
         """The tasks of a client's test set, for tables."""
-        return "+".join(sorted({example.task for example in self.rows(site.index, "test")[0]}))
+        return "+".join(sorted({example.task for example in client_data(self.config, site.index, "test")}))
 
     def _rows(self, index: int, split: Split) -> tuple[Sequence[Example], Sequence[Encoded]]:
         examples = client_data(self.config, index, split)

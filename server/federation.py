@@ -219,6 +219,7 @@ class Federation:
                 identity = Identity.of(reply)
                 check_equal("round", identity.round, 0)
                 check_equal("layout", identity.layout, self.layout.fingerprint)
+                check_equal("base model", identity.model, self.source.sha256)
                 if not adapters.CLIENT.fullmatch(identity.client):
                     raise ReplyError(f"bears the name {identity.client[:63]!r}, which is none (a-z, 0-9, dot, dash, underscore)")
                 if identity.client in self.roster.values():

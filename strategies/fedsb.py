@@ -101,9 +101,10 @@ class FedSB(Strategy):
         if mean.count < self.config.federation.min_clients:
             return None, None
         average = mean.result()
-        distance = self.error.result(self.layout.unflatten(average))
+        record = pack_state(average, self.config.federation.wire_dtype)
+        distance = self.error.result(self.layout.unflatten(unpack_state(record)))  # of what the clients will get
         metrics = MetricRecord({LOSS: float(losses.result()), "aggregation-error": distance, "clients": mean.count})
-        return pack_state(average, self.config.federation.wire_dtype), metrics
+        return record, metrics
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """The question `config["which"]` (base, global or personal) to every client; only `global` carries a state."""

@@ -112,11 +112,19 @@ class Identity:
     basis: str
     layout: str
     task: str = ""
+    model: str = ""
 
     def record(self) -> ConfigRecord:
         """As it travels."""
         return ConfigRecord(
-            {"client": self.client, "round": self.round, "basis": self.basis, "layout": self.layout, "task": self.task}
+            {
+                "client": self.client,
+                "round": self.round,
+                "basis": self.basis,
+                "layout": self.layout,
+                "task": self.task,
+                "model": self.model,
+            }
         )
 
     @classmethod
@@ -130,6 +138,7 @@ class Identity:
                 str(config["basis"]),
                 str(config["layout"]),
                 str(config["task"]),
+                str(config.get("model", "")),
             )
         except (KeyError, TypeError, ValueError):
             raise ReplyError("sent a reply that does not say what it answers") from None

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fedsb import models
 from fedsb.adapters.attach import attach, layout_of
 from fedsb.config import ModelSection
-from fedsb.errors import ModelError
+from fedsb.errors import ConfigError, ModelError
 from fedsb.models import SHORT_NAMES, device_of, dtype_of, load_model, load_tokenizer, locate, outline_model
 from tests.adapters.samples import bert, llama, run_config
 from tests.data.test_batches import byte_tokenizer
@@ -217,3 +218,25 @@ def test_smollm2_from_its_package_is_dequantised_once(tmp_path: Path, monkeypatc
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)
     out = model.generate(**ids, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
+
+
+def test_a_model_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    """transformers would fill them with random numbers, other ones in every process."""
+    folder = _folder(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks the weights model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(locate(str(folder)), FP32, None, CPU)
+
+
+def test_a_new_head_is_no_missing_weight(tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "model", bert().bert)
+    model = load_model(locate(str(folder)), ModelSection(kind="classification", dtype="fp32"), 7, CPU)
+    assert model.classifier.weight.shape == (7, 32)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match=r"runtime\.device = cuda: this machine has none"):
+        device_of("cuda")

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from peft import TaskType, get_peft_model
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from fedsb.adapters.lora_sb import LoraSbConfig
@@ -49,8 +50,21 @@ def attach(model: Any, config: RunConfig) -> Any:
         raise AdapterError(
             f"adapter.target_modules: {', '.join(missed)} matches no linear layer of {config.model.source}; leave it out"
         )
+    _keep_heads_in_fp32(peft_model)
     peft_model.eval()
     return peft_model
+
+
+def _keep_heads_in_fp32(model: nn.Module) -> None:
+    """A trained head is an fp32 master like the cores: small steps would vanish in bf16."""
+
+    def widen(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
+
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for head in module.modules_to_save.values():
+                head.float().register_forward_pre_hook(widen)
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -35,11 +35,11 @@ def evaluate_run(run: Path) -> dict[str, dict[str, dict[str, Any]]]:
         raise StoreError(f"{run} has no finished round yet; `fedsb simulate … --resume` goes on with it")
     session = Session(config)
     basis = load_basis(run, last.basis_fingerprint)
+    session.use(basis)
     stored = set(adapters.clients(run / "adapters"))
     scores: dict[str, dict[str, dict[str, Any]]] = {"base": {}, "global": {}, "personal": {}}
     for index, name in enumerate(config.client_names):
         site = Site(name, index, run / "sites")
-        session.use(basis)
         vectors = {"base": session.base_vector(), "global": session.layout.flatten(last.state)}
         if name in stored:
             own = adapters.load(run / "adapters", name)

@@ -48,7 +48,8 @@ def client_data(config: RunConfig, index: int, split: Split) -> list[Example]:
     clients = config.federation.clients
     if not 0 <= index < clients:
         raise DataError(f"there is no client number {index} among {clients}; count from 0 or raise federation.clients")
-    return all_parts(config, split)[index]
+    dealt = _train(_key(config)) if split == "train" else _test(_key(config))
+    return list(dealt.examples[index])
 
 
 def _key(config: RunConfig) -> _Key:

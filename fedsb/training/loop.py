@@ -16,7 +16,7 @@ from fedsb.training.loss import causal_loss, classification_loss
 
 FINAL_SHARE = 0.1  # of the learning rate at the end of the linear schedule
 PERSONAL_SHARE = FINAL_SHARE  # personalisation goes on at the learning rate at which training ended
-REFERENCE = {"causal": (1e-2, 64), "classification": (1e-2, 32)}  # (learning rate, rank) measured best; docs/log.md
+REFERENCE = {"causal": (1e-2, 64), "classification": (1e-2, 32)}  # (learning rate, rank) provisional: see docs/log.md
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from fedsb.adapters.attach import HEAD_SPREAD, attach, initial_state, layout_of, shapes_of
-from fedsb.adapters.state import Layout, get_state, set_state
+from fedsb.adapters.state import Layout, get_state, parameters_of, set_state
 from fedsb.adapters.tuner import adapted_layers, set_basis
 from fedsb.basis.spectral import random_basis
 from fedsb.errors import AdapterError, BasisError
@@ -98,3 +98,13 @@ def test_each_target_must_match() -> None:
     config = run_config(adapter={"target_modules": ["q_proj", "k_porj"]})
     with pytest.raises(AdapterError, match="k_porj matches no linear layer"):
         attach(llama(), config)
+
+
+def test_a_head_is_an_fp32_master_on_a_bf16_model() -> None:
+    model = attach(bert().bfloat16(), run_config(model=CLASSES))
+    assert {p.dtype for name, p in parameters_of(model).items()} == {torch.float32}
+    state = get_state(model)
+    state["head.classifier.weight"] += 1e-4  # lost if it were rounded to bf16
+    set_state(model, state)
+    assert torch.equal(get_state(model)["head.classifier.weight"], state["head.classifier.weight"])
+    assert torch.isfinite(model.get_base_model()(input_ids=tokens(2)).logits).all()

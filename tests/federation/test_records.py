@@ -80,7 +80,7 @@ def test_bytes_are_counted_by_hand() -> None:
     told = len("run") + len("{}") + len("round") + 8 + len("basis") + 64 + len("which") + len("global")
     assert bytes_of(message) == told + len("state") + 10
     reply = reply_message(message, Identity("ä", 3, "b", "l", "t"), {"loss": 1.5, "num-examples": 2})
-    named = len("client") + 2 + len("round") + 8 + len("basis") + 1 + len("layout") + 1 + len("task") + 1
+    named = len("client") + 2 + len("round") + 8 + len("basis") + 1 + len("layout") + 1 + len("task") + 1 + len("model")
     assert bytes_of(reply) == named + len("loss") + 8 + len("num-examples") + 8
     listed = Message(RecordDict({"x": ConfigRecord({"a": [1, 2, 3], "b": ["xy", "z"], "c": b"12345"})}), 2, "train")
     assert bytes_of(listed) == 1 + 24 + 1 + 3 + 1 + 5

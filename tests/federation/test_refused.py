@@ -301,14 +301,17 @@ def test_two_clients_of_one_name_are_one_too_few(llama: str, words: str, out: Pa
         federate(config, out, grid=_twisted(config, out, rename))
 
 
-def test_a_client_with_another_model_is_refused_before_the_first_round(llama: str, words: str, out: Path) -> None:
+@pytest.mark.parametrize(("key", "complaint"), [("layout", "answered for layout"), ("model", "answered for base model")])
+def test_a_client_with_another_model_is_refused_before_the_first_round(
+    key: str, complaint: str, llama: str, words: str, out: Path
+) -> None:
     config = config_of(table(llama, words, federation={"rounds": 1}))
 
     def reshape(kind: str, client: int, reply: Message) -> list[Message]:
         if client == 1:
-            reply.content["identity"]["layout"] = "ef" * 32
+            reply.content["identity"][key] = "ef" * 32
         return [reply]
 
     summary = federate(config, out, grid=_twisted(config, out, reshape))
-    assert "answered for layout" in events(out, "refused")[0]["reason"]
+    assert complaint in events(out, "refused")[0]["reason"]
     assert summary["clients"] == 2
