@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -30,16 +31,14 @@ from fedsb.adapters.attach import attach
 from fedsb.adapters.state import parameters_of
 from fedsb.adapters.tuner import adapted_layers, set_basis
 from fedsb.basis.frames import Basis
-from fedsb.basis.gradient import gradient_basis
 from fedsb.basis.spectral import random_basis
-from fedsb.config import RunConfig, TrainSection
+from fedsb.config import BasisSection, RunConfig, TrainSection
 from fedsb.data.batches import Encoded, collate, encode
 from fedsb.data.sites import client_data
 from fedsb.data.tasks import load_task
 from fedsb.models import device_of, load_model, load_tokenizer, locate
 from fedsb.training import start
 from fedsb.training.loop import round_plan, train
-from fedsb.training.loss import causal_loss
 
 SOURCES = ("random", "weights", "public", "sign")
 PAD = 0
@@ -149,11 +148,13 @@ class Bench:
         return partial(self._estimate, rows, sign=what == "sign")
 
     def _estimate(self, rows: list[Encoded], *, sign: bool) -> Basis:
+        """The estimate as a server makes it, on these rows."""
         size = start.MICROBATCH
         batches = (collate(rows[i : i + size], PAD, "causal").to(self.device) for i in range(0, len(rows), size))
-        return gradient_basis(
-            self.layers, batches, partial(causal_loss, self.transformer), self.config.adapter.rank, seed=0, sign=sign
-        )
+        section = BasisSection(source="public", sign=sign, public=self.config.data.tasks[0])
+        config = self.config.model_copy(update={"basis": section})
+        with patch.object(start, "_public_batches", lambda *_: batches):
+            return start.build_basis(config, self.model, None, self.device)
 
     def _step(self, rows: list[Encoded], section: TrainSection) -> float:
         plan = round_plan(self.config.model_copy(update={"train": section}), 1)
