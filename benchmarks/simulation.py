@@ -40,12 +40,12 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 from benchmarks.harness import child, figure, median, report, say, seconds
-from server.local_grid import LocalGrid, node_configs
+from server.local_grid import LocalGrid, node_configs, settle
 from strategies.rounds import run_rounds, wait_for_nodes
 
 NUMBERS = 25_000  # fp32: 0.1 MB
 WAIT_SECONDS = 3600.0
-OURS_PER_PEER = 5  # runs of ours for one of the peer, which takes so much longer
+OURS_PER_PEER = 7  # runs of ours for one of the peer, which takes so much longer
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -74,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def speedup(clients: int, rounds: int, turns: int, *, peer: bool) -> dict[str, dict[str, Any]]:
     """LocalGrid and Ray in turns."""
+    settle()  # as `fedsb simulate` does
     on_local_grid(clients, rounds)  # warm up: memory that was never touched is slow
     ours: list[float] = []
     peers: dict[str, list[dict[str, float]]] = {"same": [], "flower": []}

@@ -68,13 +68,16 @@ class Session:
         self.rows = lru_cache(maxsize=ENCODED_CLIENTS)(self._rows)
 
     def prepare(self, site: Site, wanted: str, sent: Basis | None = None) -> str:
-        """Get hold of a basis: the one sent, the one at hand, the one on disk, or one built anew. Returns its fingerprint."""
+        """Get hold of a basis: the one sent, the one at hand, the one on disk, or one built anew.
+
+        Returns its fingerprint; "" if there is none that would outlive this process.
+        """
         at_hand, on_disk = self.basis == wanted, _basis_file(site, wanted).exists()
         if sent is not None and not (at_hand and on_disk and sent.fingerprint == wanted):
             self._take(site, sent)
         elif sent is None and not (at_hand and on_disk) and not self._restore(site, wanted) and can_rebuild(self.config):
             self._take(site, build_basis(self.config, self.model, self.tokenizer, self.device))
-        return self.basis
+        return self.basis if _basis_file(site, self.basis).exists() else ""
 
     def require(self, site: Site, wanted: str) -> None:
         """Have the basis that a state belongs to. Raises BasisError if it was never prepared here."""

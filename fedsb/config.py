@@ -76,7 +76,7 @@ class DataSection(Section):
         "Dirichlet(alpha)",
     )
     alpha: PositiveFloat = Field(0.5, description="concentration of the Dirichlet distribution; small is more skewed")
-    max_length: PositiveInt = Field(256, description="tokens; longer training examples lose their beginning")
+    max_length: PositiveInt = Field(256, description="tokens of an example; what is longer loses the beginning of its text")
     system_prompt: str | None = Field(None, description="system message put before each prompt of a chat model")
 
 

@@ -53,6 +53,7 @@ def federate(config: RunConfig, grid: Grid, folder: Path, journal: Journal) -> N
         first=done + 1,
         last=rounds,
         seconds=seconds,
+        admit=lambda: run.admit(basis),
         before_round=run.announce,
         after_round=run.checkpoint,
     )

@@ -49,6 +49,7 @@ class Federation:
         self.labels = len(label_names(config.data.tasks[0])) if config.model.kind == "classification" else None
         self.layout: Layout = layout_of(self._model(with_weights=False))
         self.roster: dict[int, str] = {}
+        self.asked: set[int] = set()
         self.traffic = Traffic()
         self.history: list[dict[str, Any]] = []
         journal.tell(
@@ -87,17 +88,29 @@ class Federation:
         federation = self.config.federation
         nodes = wait_for_nodes(self.grid, federation.min_clients, federation.wait_seconds)
         self.journal.tell("stage", title="preparing clients", clients=len(nodes))
-        packed = pack_basis(basis)
-        behind = self._prepare(basis, nodes, None if can_rebuild(self.config) else packed)
-        if behind:  # their linear algebra rounds differently
-            behind = self._prepare(basis, list(behind), packed)
-        for client in behind.values():
-            self.journal.tell("refused", round=0, client=client, reason="holds another basis, although it was sent this one")
+        self.admit(basis, nodes)
         if len(self.roster) < federation.min_clients:
             raise FederationError(
                 f"{len(self.roster)} clients hold the basis where federation.min_clients = {federation.min_clients} are "
                 "needed; events.jsonl names what was refused"
             )
+
+    def admit(self, basis: Basis, nodes: list[int] | None = None) -> None:
+        """Take in nodes that are there and not in the roster: all who come late take part from the next round on.
+
+        Each is first asked what it has, or can rebuild; B and A go only to those that have another basis or none. A node
+        that was refused or did not answer is asked again only once it has been away: so it cannot hold up every round.
+        """
+        online = set(self.grid.get_node_ids()) if nodes is None else set(nodes)
+        new = sorted(online - self.roster.keys() - self.asked)
+        self.asked = self.asked & online | set(new)
+        if not new:
+            return
+        behind = self._prepare(basis, new, None, online)
+        if behind:  # without it, or with linear algebra that rounds differently
+            behind = self._prepare(basis, list(behind), pack_basis(basis), online)
+        for client in behind.values():
+            self.journal.tell("refused", round=0, client=client, reason="holds another basis, although it was sent this one")
 
     def strategy(self, basis: Basis) -> FedSB:
         """Step 2's strategy."""
@@ -112,6 +125,7 @@ class Federation:
             return 0, pack_state(self.layout.flatten(state), self.config.federation.wire_dtype)
         if last.basis_fingerprint != basis.fingerprint:
             raise BasisError(f"{self.folder}: the checkpoint is of another basis than basis/; choose another --out")
+        checkpoint.check_model(last, self.source.sha256, self.config.model.source)
         self.traffic = Traffic(**last.progress["bytes"])
         self.history = last.progress["history"]
         self.journal.tell("resumed", round=last.round)
@@ -138,7 +152,8 @@ class Federation:
         state = self.layout.unflatten(unpack_state(result.arrays))
         basis = self._stored_basis()
         progress = {"bytes": vars(self.traffic), "history": self.history}
-        checkpoint.save(self.folder, checkpoint.Checkpoint(result.round, state, self.config.digest(), basis, progress))
+        digest, model = self.config.digest(), self.source.sha256
+        checkpoint.save(self.folder, checkpoint.Checkpoint(result.round, state, digest, basis, model, progress))
         self._name_silent(result.round, result.silent)
         self.journal.tell("round", rounds=self.config.federation.rounds, **entry)
 
@@ -206,8 +221,11 @@ class Federation:
             return attach(load_model(self.source, section, self.labels, device), self.config)
         return attach(outline_model(self.source, section, self.labels), self.config)
 
-    def _prepare(self, basis: Basis, nodes: list[int], arrays: ArrayRecord | None) -> dict[int, str]:
-        """Ask nodes to get hold of the basis; returns those that ended up with another one, and their names."""
+    def _prepare(self, basis: Basis, nodes: list[int], arrays: ArrayRecord | None, online: set[int]) -> dict[int, str]:
+        """Ask nodes to get hold of the basis; returns those that ended up with another one or none, and their names.
+
+        A name belongs to the first node of those `online` that bears it.
+        """
         exchange = Exchange(self.grid, self.config.federation.round_seconds)
         order = Order(self.config.to_json(), 0, basis.fingerprint)
         behind = {}
@@ -222,7 +240,7 @@ class Federation:
                 check_equal("base model", identity.model, self.source.sha256)
                 if not adapters.CLIENT.fullmatch(identity.client):
                     raise ReplyError(f"bears the name {identity.client[:63]!r}, which is none (a-z, 0-9, dot, dash, underscore)")
-                if identity.client in self.roster.values():
+                if any(name == identity.client for other, name in self.roster.items() if other in online):
                     raise ReplyError(f"bears the name {identity.client}, which another client has")
             except ReplyError as error:
                 self.journal.tell("refused", round=0, client=f"node {node}", reason=str(error))
@@ -230,6 +248,8 @@ class Federation:
             if identity.basis != basis.fingerprint:
                 behind[node] = identity.client
             else:
+                for gone in [other for other, name in self.roster.items() if name == identity.client]:
+                    del self.roster[gone]  # the same client under a new node id
                 self.roster[node] = identity.client
                 self.journal.tell("prepared", client=identity.client)
         self.traffic.basis += exchange.traffic.down if arrays is not None else 0

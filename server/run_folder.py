@@ -1,6 +1,8 @@
 """The folder of a run: made new, or gone on with."""
 
 import contextlib
+import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,15 +23,33 @@ def run_folder(folder: Path, config: RunConfig, resume: bool) -> Iterator[None]:
     the folder: its events.jsonl tells which clients failed, and `--resume` goes on.
     """
     there = folder.exists()
-    new = open_run(folder, config, resume)
+    with contextlib.ExitStack() as stack:
+        if folder.is_dir():
+            stack.enter_context(_alone(folder))
+        new = open_run(folder, config, resume)
+        if not there:
+            stack.enter_context(_alone(folder))
+        try:
+            yield
+        except FederationError:
+            raise
+        except FedsbError:
+            if new and not any(folder.glob("checkpoints/round-*")):
+                _remove(folder, keep=there)
+            raise
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Be the only process at work on a run, for as long as this process lives. Raises StoreError."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
-    except FederationError:
-        raise
-    except FedsbError:
-        if new and not any(folder.glob("checkpoints/round-*")):
-            _remove(folder, keep=there)
-        raise
+    except BlockingIOError:
+        raise StoreError(f"{folder}: another process is at work on this run; let it end, or stop it first") from None
+    finally:
+        os.close(descriptor)
 
 
 def open_run(folder: Path, config: RunConfig, resume: bool) -> bool:

@@ -103,6 +103,7 @@ def run_rounds(
     first: int,
     last: int,
     seconds: float,
+    admit: Callable[[], None] = lambda: None,
     before_round: Callable[[int, int], None] = lambda server_round, clients: None,
     after_round: Callable[[RoundResult], None],
     config: Callable[[int], ConfigRecord] = lambda _: ConfigRecord(),
@@ -114,6 +115,7 @@ def run_rounds(
         strategy: any Flower strategy; it gets the replies as an iterator, one at a time.
         arrays: the global state before round `first`.
         seconds: longest wait for the replies of one round.
+        admit: called before each round's clients are drawn: the place to take in those that have appeared since.
         before_round: called with each round's number and how many clients it asks.
         after_round: called with each result, before the next round begins: the place to write a checkpoint.
         config: round → what to tell the clients.
@@ -127,6 +129,7 @@ def run_rounds(
     for server_round in range(first, last + 1):
         started = time.monotonic()
         exchange = Exchange(grid, seconds)
+        admit()
         messages = list(strategy.configure_train(server_round, arrays, config(server_round), grid))
         before_round(server_round, len(messages))
         aggregated, metrics = strategy.aggregate_train(server_round, exchange(messages))

@@ -79,7 +79,6 @@ class LoraSbModel(BaseTuner):
         **_: Any,
     ) -> None:
         if isinstance(target, LoraSbLinear):
-            check_rank({current_key: (target.out_features, target.in_features)}, peft_config.r)
             target.update_layer(adapter_name, peft_config.r)
             return
         if not isinstance(target, nn.Linear):
@@ -87,7 +86,6 @@ class LoraSbModel(BaseTuner):
                 f"layer {current_key} is a {type(target).__name__}, and LoRA-SB adapts torch.nn.Linear only; "
                 "leave it out of target_modules"
             )
-        check_rank({current_key: (target.out_features, target.in_features)}, peft_config.r)
         layer = LoraSbLinear(target, adapter_name, peft_config.r)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
@@ -96,7 +94,12 @@ class LoraSbModel(BaseTuner):
     def _post_injection_hook(  # type: ignore[override]
         self, model: nn.Module, config: LoraSbConfig, adapter_name: str
     ) -> None:
-        """Build the basis that the configuration asks for. On loading, `_remap_adapter_state_dict_for_load` has the last word."""
+        """Check the rank against all layers, so that the smallest is named, and build the basis that is asked for.
+
+        On loading, `_remap_adapter_state_dict_for_load` has the last word on the basis.
+        """
+        layers = {name: layer for name, layer in adapted_layers(model).items() if adapter_name in layer.fedsb_core}
+        check_rank({name: (layer.out_features, layer.in_features) for name, layer in layers.items()}, config.r)
         loading = config.basis_fingerprint is not None
         if config.basis == "later" or loading:
             return

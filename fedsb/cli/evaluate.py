@@ -34,6 +34,7 @@ def evaluate_run(run: Path) -> dict[str, dict[str, dict[str, Any]]]:
     if last is None:
         raise StoreError(f"{run} has no finished round yet; `fedsb simulate … --resume` goes on with it")
     session = Session(config)
+    checkpoint.check_model(last, session.model_sha256, config.model.source)
     basis = load_basis(run, last.basis_fingerprint)
     session.use(basis)
     stored = set(adapters.clients(run / "adapters"))

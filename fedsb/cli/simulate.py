@@ -12,7 +12,7 @@ from clients.app import app as client_app
 from fedsb.config import RunConfig
 from fedsb.report.table import show_summary
 from server.app import app as server_app
-from server.local_grid import LocalGrid, node_configs
+from server.local_grid import LocalGrid, node_configs, settle
 
 
 def simulate(
@@ -24,6 +24,7 @@ def simulate(
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last finished round")] = False,
 ) -> None:
     """Run a whole federation on this machine: train, aggregate, personalise, score."""
+    settle()
     run = RunConfig.load(config, set_ or [])
     folder = out or Path("runs") / run.name
     grid = LocalGrid(client_app, node_configs(run.client_names, str(folder / "sites")))

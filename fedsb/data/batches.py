@@ -62,7 +62,8 @@ def encode(
 
     Causal: the prompt is rendered by the tokenizer's chat template up to where the assistant begins to speak (without a
     template: the prompt and a newline), the completion ends in the end-of-sequence token, and what is too long loses
-    tokens at the beginning of the prompt, of which at least one stays.
+    the beginning of its prompt, but not what every prompt opens with (beginning-of-sequence token, template), and at
+    least one token of its own stays.
     Of `system_prompt`, None leaves the template's own default, a text goes in as system message, and "" means no system
     block, as far as the template can do without (see `_without_system`).
     Classification: the text with the tokenizer's special tokens, truncated as the tokenizer truncates.
@@ -148,20 +149,29 @@ def _encode_completions(
         raise ModelError("the tokenizer has no end-of-sequence token, so no answer could end; set its eos_token")
     prompts = _prompt_ids([e.prompt for e in examples], tokenizer, system_prompt)
     completions = tokenizer([e.completion for e in examples], add_special_tokens=False, verbose=False)["input_ids"]
+    opening = _opening(tokenizer, system_prompt)
     return [
-        _fitted(prompt, [*completion, end], max_length, _name(example, number))
+        _fitted(prompt, [*completion, end], max_length, opening, _name(example, number))
         for number, (example, prompt, completion) in enumerate(zip(examples, prompts, completions, strict=True))
     ]
 
 
-def _fitted(prompt: list[int], completion: list[int], max_length: int, name: str) -> Encoded:
+def _fitted(prompt: list[int], completion: list[int], max_length: int, opening: int, name: str) -> Encoded:
     room = max_length - len(completion)
-    if room < 1:
+    if len(prompt) <= room:
+        return Encoded(prompt, completion)
+    if room <= opening:
         raise DataError(
-            f"{name}: {len(completion)} tokens of completion and one of prompt do not fit into {max_length}; "
+            f"{name}: {len(completion)} tokens of completion and {opening + 1} of prompt do not fit into {max_length}; "
             "raise data.max_length or drop it"
         )
-    return Encoded(prompt[-room:], completion)
+    return Encoded(prompt[:opening] + prompt[opening - room :], completion)
+
+
+def _opening(tokenizer: "PreTrainedTokenizerBase", system_prompt: str | None) -> int:
+    """How many tokens every prompt begins with: those on which two prompts that have nothing in common agree."""
+    one, other = _prompt_ids(["1", "a"], tokenizer, system_prompt)
+    return next((i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), 0)
 
 
 def _prompt_ids(prompts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", system_prompt: str | None) -> list[list[int]]:

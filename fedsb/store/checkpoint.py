@@ -32,6 +32,7 @@ class Checkpoint:
         state: the aggregated state: cores (r, r) under `<layer>.core`, head parameters under `head.<module path>.…`.
         config_digest: `RunConfig.digest()` of the run.
         basis_fingerprint: of the basis on which the cores were trained.
+        model_sha256: of the base model under them.
         progress: running totals that JSON can hold (bytes so far, history, …).
     """
 
@@ -39,6 +40,7 @@ class Checkpoint:
     state: dict[str, Tensor]
     config_digest: str
     basis_fingerprint: str
+    model_sha256: str
     progress: dict[str, Any]
 
 
@@ -50,6 +52,7 @@ class _Record(BaseModel):
     round: int
     config_digest: str
     basis_fingerprint: str
+    model_sha256: str
     state_sha256: str
     progress: dict[str, Any]
 
@@ -67,6 +70,7 @@ def save(run: Path, checkpoint: Checkpoint) -> Path:
             round=checkpoint.round,
             config_digest=checkpoint.config_digest,
             basis_fingerprint=checkpoint.basis_fingerprint,
+            model_sha256=checkpoint.model_sha256,
             state_sha256=sha256_of(staged / STATE),
             progress=checkpoint.progress,
         )
@@ -82,6 +86,15 @@ def latest(run: Path, config_digest: str) -> Checkpoint | None:
     """
     rounds = _rounds(run / "checkpoints")
     return _load(rounds[max(rounds)], max(rounds), config_digest) if rounds else None
+
+
+def check_model(checkpoint: Checkpoint, sha256: str, source: str) -> None:
+    """Raise CheckpointError if the base model is not the one that the cores were trained on."""
+    if checkpoint.model_sha256 != sha256:
+        raise CheckpointError(
+            f"model.source = {source}: its weights (SHA-256 {sha256[:12]}) are not those that this run was trained on "
+            f"({checkpoint.model_sha256[:12]}); restore them, or start anew with another --out"
+        )
 
 
 def _rounds(folder: Path) -> dict[int, Path]:
@@ -110,7 +123,7 @@ def _load(folder: Path, number: int, config_digest: str) -> Checkpoint:
         whole = False
     if not whole:
         raise _torn(folder / STATE)
-    return Checkpoint(number, state, record.config_digest, record.basis_fingerprint, record.progress)
+    return Checkpoint(number, state, record.config_digest, record.basis_fingerprint, record.model_sha256, record.progress)
 
 
 def _torn(file: Path) -> CheckpointError:

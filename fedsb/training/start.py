@@ -69,7 +69,8 @@ def _public_basis(config: RunConfig, model: Any, tokenizer: Any, device: torch.d
 def _public_batches(config: RunConfig, tokenizer: Any, device: torch.device) -> Iterator[Batch]:
     task, kind = config.basis.public, config.model.kind
     assert task is not None  # RunConfig checks it
-    examples = load_task(task, "train", config.seed)[: config.basis.examples]
+    wanted = min(config.basis.examples, task.train or config.basis.examples)
+    examples = load_task(task.model_copy(update={"train": wanted}), "train", config.seed)  # drawn, since files are often sorted
     if not examples:
         raise BasisError("[basis.public] has no examples; give it some")
     rows = encode(examples, tokenizer, config.data.max_length, config.data.system_prompt, kind)

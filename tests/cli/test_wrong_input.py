@@ -46,8 +46,8 @@ def out(tmp_path: Path) -> Path:
         ("basis.source=public", ['basis.source = "public"', "[basis.public]", "set both or neither"]),
         ("federation.min_clients=9", ["federation.min_clients is larger than federation.clients; lower it"]),
         (
-            "adapter.rank=17",
-            ["adapter.rank = 17 is larger than the smallest side", "which is 16", "lower the rank to 16"],
+            "adapter.rank=33",
+            ["adapter.rank = 33 is larger than the smallest side", "which is 16", "lower the rank to 16"],
         ),
         ('adapter.target_modules=["qq_proj"]', ["adapter.target_modules", "matches no layer", "q_proj"]),
         ("federation.clients=22", ["21 examples cannot be dealt to 22 clients", "lower federation.clients"]),

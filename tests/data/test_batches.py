@@ -101,16 +101,27 @@ def test_end_of_sequence_stands_only_after_the_completion() -> None:
 def test_long_prompt_loses_its_beginning_and_the_completion_nothing() -> None:
     tokenizer = byte_tokenizer()
     long, exact = encode([Example("t", "0123456789", "yes", ""), Example("t", "0123", "", "")], tokenizer, 7, None, "causal")
-    assert (tokenizer.decode(long.prompt), tokenizer.decode(long.completion)) == ("89\n", "yes</s>")
+    assert (tokenizer.decode(long.prompt), tokenizer.decode(long.completion)) == ("<b>9\n", "yes</s>")
     assert (tokenizer.decode(exact.prompt), tokenizer.decode(exact.completion)) == ("<b>0123\n", "</s>")
     assert (len(long), len(exact)) == (7, 7)
 
 
+def test_long_prompt_keeps_what_the_template_opens_with() -> None:
+    tokenizer = byte_tokenizer(HEADED)
+    example = Example("t", "0123456789", "yes", "")
+    (whole,) = encode([example], tokenizer, 90, "be nice", "causal")
+    (cut,) = encode([example], tokenizer, len(whole) - 4, "be nice", "causal")
+    assert tokenizer.decode(cut.prompt) == tokenizer.decode(whole.prompt).replace("0123456789", "456789")
+
+
 def test_completion_that_does_not_fit_is_named() -> None:
     examples = [Example("t", "hi", "yes", "yes"), Example("sums", "what\nis it", "yes it is", "")]
-    with pytest.raises(DataError, match=r'task sums, example 1 \("what is it…"\): 10 tokens .* raise data\.max_length'):
-        encode(examples, byte_tokenizer(), 10, None, "causal")
-    assert len(encode(examples, byte_tokenizer(), 11, None, "causal")[1].prompt) == 1
+    with pytest.raises(
+        DataError,
+        match=r'task sums, example 1 \("what is it…"\): 10 tokens of completion and 2 of prompt .* raise data\.max_length',
+    ):
+        encode(examples, byte_tokenizer(), 11, None, "causal")
+    assert len(encode(examples, byte_tokenizer(), 12, None, "causal")[1].prompt) == 2
 
 
 def test_tokenizer_that_cannot_end_an_answer() -> None:

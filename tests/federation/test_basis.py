@@ -135,7 +135,9 @@ def test_a_resumed_run_takes_its_basis_from_disk(llama: str, words: str, out: Pa
     config = config_of(table(llama, words, basis=_public(words)))
     first = federate(config, out)
     monkeypatch.setattr("server.federation.build_basis", lambda *_: pytest.fail("built again"))
-    again = federate(config, out, resume=True, grid=spy(config, out))
+    grid = spy(config, out)
+    again = federate(config, out, resume=True, grid=grid)
+    assert grid.basis_arrays() == {}, "clients have it on their disks"
     assert again["basis"] == first["basis"] and again["bytes"] == first["bytes"]
 
 

@@ -315,3 +315,46 @@ def test_a_client_with_another_model_is_refused_before_the_first_round(
     summary = federate(config, out, grid=_twisted(config, out, reshape))
     assert complaint in events(out, "refused")[0]["reason"]
     assert summary["clients"] == 2
+
+
+class Comings(LocalGrid):
+    """A LocalGrid whose `absent` nodes are not there until `arrive` says so at a question about who is."""
+
+    absent: set[int]
+    looks = 0
+
+    def get_node_ids(self) -> list[int]:
+        self.looks += 1
+        if self.looks == 3:  # once at the start, then before every round
+            self.absent = set()
+        return [node for node in super().get_node_ids() if node not in self.absent]
+
+
+def test_a_client_that_comes_late_takes_part_from_the_next_round_on(llama: str, words: str, out: Path) -> None:
+    config = config_of(table(llama, words))
+    grid = local_grid(config, out)
+    grid.__class__ = Comings
+    grid.absent = {4}  # type: ignore[attr-defined]
+    summary = federate(config, out, grid=grid)
+    assert [entry["clients"] for entry in summary["history"]] == [2, 3, 3]
+    assert [event["client"] for event in events(out, "prepared")] == ["client-0", "client-1", "client-2"]
+    assert personal_states(out).keys() == {"client-0", "client-1", "client-2"}
+
+
+def test_a_client_that_comes_back_as_another_node_keeps_its_name(llama: str, words: str, out: Path) -> None:
+    config = config_of(table(llama, words))
+    grid = local_grid(config, out)
+    contexts = grid._contexts
+
+    def restart(kind: str, client: int, reply: Message) -> list[Message]:
+        if kind == "train" and 3 in contexts:  # the site of client-1 ends, and starts anew without its node key
+            contexts[9] = contexts.pop(3)
+        return [reply]
+
+    grid.__class__ = Twisted
+    grid.twist = restart  # type: ignore[attr-defined]
+    config = config.model_copy(update={"federation": config.federation.model_copy(update={"fraction": 0.1})})
+    summary = federate(config, out, grid=grid)
+    assert not events(out, "refused")
+    assert summary["clients"] == 3
+    assert personal_states(out).keys() == {"client-0", "client-1", "client-2"}

@@ -13,7 +13,7 @@ from tests.store.samples import litter, state
 
 def _checkpoint(number: int) -> Checkpoint:
     tensors = state(number) | {"head.classifier.bias": torch.arange(3.0)}
-    return Checkpoint(number, tensors, "digest", "ff" * 32, {"bytes": {"up": number}, "history": [0.5, None, "x"]})
+    return Checkpoint(number, tensors, "digest", "ff" * 32, "ee" * 32, {"bytes": {"up": number}, "history": [0.5, None, "x"]})
 
 
 def _same(a: Checkpoint | None, b: Checkpoint) -> bool:

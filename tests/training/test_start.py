@@ -50,13 +50,15 @@ def test_the_basis_of_the_weights() -> None:
     assert_nearly_equal(_build(config), weights_basis(layers, RANK, 4))
 
 
-def _public(folder: Path, examples: int, **basis: Any) -> RunConfig:
-    return run_config(basis={"source": "public", "public": task(folder, *LINES), "examples": examples} | basis)
+def _public(folder: Path, examples: int, seed: int = 0, **basis: Any) -> RunConfig:
+    section = {"source": "public", "public": task(folder, *LINES), "examples": examples} | basis
+    return run_config(basis=section, seed=seed)
 
 
 def _rows(config: RunConfig) -> list[Encoded]:
     assert config.basis.public is not None
-    examples = load_task(config.basis.public, "train", 0)[: config.basis.examples]
+    sample = config.basis.public.model_copy(update={"train": config.basis.examples})
+    examples = load_task(sample, "train", config.seed)
     return encode(examples, byte_tokenizer(), config.data.max_length, None, "causal")
 
 
@@ -76,6 +78,12 @@ def test_the_public_basis_is_that_of_the_gradient_on_the_public_examples(tmp_pat
         assert held > 0.95 * truncated(matrix, RANK)[1].square().sum().sqrt()
     assert far_from_orthonormal(basis) < 1e-5
     assert not any(p.requires_grad for name, p in model.named_parameters() if "fedsb_core" not in name)
+
+
+def test_public_examples_are_drawn_from_the_whole_file(tmp_path: Path) -> None:
+    """Files are often sorted by label; the first examples would all be of one."""
+    rows = {seed: [row.prompt for row in _rows(_public(tmp_path, 2, seed=seed))] for seed in range(6)}
+    assert len({str(row) for row in rows.values()}) > 1
 
 
 def test_the_papers_start_is_a_scaled_update(tmp_path: Path) -> None:
