@@ -43,3 +43,7 @@ class FederationError(FedsbError):
 
 class ReplyError(FedsbError):
     """One client's reply that must not be counted; the round goes on without it."""
+
+
+class TrainerError(FedsbError):
+    """A site's trainer that is away, died, or does not answer a question."""

@@ -97,10 +97,15 @@ class Order:
         return ConfigRecord({"run": self.run, "round": self.round, "basis": self.basis, "which": self.which})
 
     @classmethod
-    def of(cls, message: Message) -> "Order":
-        """Read the order of a message."""
-        config = message.content[CONFIG]
-        return cls(str(config["run"]), int(config["round"]), str(config["basis"]), str(config["which"]))  # type: ignore[arg-type]
+    def of(cls, content: RecordDict) -> "Order":
+        """Read the order of a message's content. Raises ReplyError if it has none."""
+        try:
+            config = content[CONFIG]
+            return cls(str(config["run"]), int(config["round"]), str(config["basis"]), str(config["which"]))  # type: ignore[arg-type]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ReplyError(
+                f"the question lacks {str(error).strip(chr(39))}; use the same version of fedsb everywhere"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -152,19 +157,18 @@ def order_message(node: int, kind: str, order: Order, arrays: ArrayRecord | None
     return Message(content, node, kind, group_id=str(order.round))
 
 
-def reply_message(
-    message: Message,
+def reply_content(
     identity: Identity,
     metrics: Mapping[str, int | float] | None = None,
     state: ArrayRecord | None = None,
-) -> Message:
-    """A client's reply."""
+) -> RecordDict:
+    """What a client replies."""
     content = RecordDict({IDENTITY: identity.record()})
     if metrics is not None:
         content[METRICS] = MetricRecord(dict(metrics))
     if state is not None:
         content[ARRAYS] = state
-    return Message(content, reply_to=message)
+    return content
 
 
 def metric(message: Message, key: str) -> float:

@@ -25,12 +25,13 @@ app = typer.Typer(
 
 
 def _register() -> None:
-    from fedsb.cli import doctor, evaluate, export, simulate
+    from fedsb.cli import doctor, evaluate, export, simulate, trainer
 
     app.command()(simulate.simulate)
     app.command()(evaluate.evaluate)
     app.command()(export.export)
     app.command()(doctor.doctor)
+    app.command()(trainer.trainer)
 
 
 _register()

@@ -14,7 +14,7 @@ from fedsb.basis.spectral import random_basis, seeded
 from fedsb.config import RunConfig
 from server.local_grid import LocalGrid, node_configs
 from strategies.fedsb import FedSB
-from strategies.records import EXAMPLES, LOSS, SECONDS, Identity, Order, pack_state, reply_message
+from strategies.records import EXAMPLES, LOSS, SECONDS, Identity, Order, pack_state, reply_content
 from tests.federation.tiny import config_of, table
 
 BASIS = random_basis({"a": (12, 10), "b": (9, 16)}, 4, seed=1)
@@ -55,11 +55,11 @@ class Desk:
         **identity: Any,
     ) -> Message:
         """A client's reply, honest but for what is given."""
-        order = Order.of(question)
+        order = Order.of(question.content)
         says = {"client": self.roster[question.metadata.dst_node_id], "round": order.round, "basis": order.basis}
         who = Identity(**({**says, "layout": LAYOUT.fingerprint} | identity))
         state = pack_state(vector, "fp32") if isinstance(vector, Tensor) else vector
-        reply = reply_message(question, who, None, state)
+        reply = Message(reply_content(who, None, state), reply_to=question)
         numbers = {EXAMPLES: 10, LOSS: 1.5, SECONDS: 0.1} | dict(metrics or {})
         reply.content["metrics"] = MetricRecord({key: value for key, value in numbers.items() if value is not None})
         return reply

@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 
 from server.local_grid import LocalGrid, node_configs
 from strategies.fedsb import FedSB
-from strategies.records import EXAMPLES, LOSS, SECONDS, Identity, Order, pack_state, reply_message
+from strategies.records import EXAMPLES, LOSS, SECONDS, Identity, Order, pack_state, reply_content
 from strategies.rounds import Exchange, run_rounds
 from tests.federation.bench import LAYOUT, START, Desk
 from tests.federation.echo import app as echo
@@ -123,12 +123,11 @@ def test_the_whole_round_holds_no_more_replies_either() -> None:
     desk = Desk(300)
 
     def answer(message: Message) -> Message:
-        order = Order.of(message)
+        order = Order.of(message.content)
         name = desk.roster[message.metadata.dst_node_id]
         identity = Identity(name, order.round, order.basis, LAYOUT.fingerprint)
-        return reply_message(
-            message, identity, {EXAMPLES: 1, LOSS: 1.0, SECONDS: 0.0}, pack_state(torch.ones(LAYOUT.size), "fp32")
-        )
+        metrics = {EXAMPLES: 1, LOSS: 1.0, SECONDS: 0.0}
+        return Message(reply_content(identity, metrics, pack_state(torch.ones(LAYOUT.size), "fp32")), reply_to=message)
 
     census = Census(answer)
     grid = LocalGrid(census.app, [{}] * 300)

@@ -19,7 +19,7 @@ from strategies.records import (
     metric,
     order_message,
     pack_state,
-    reply_message,
+    reply_content,
     to_array,
     unpack_state,
 )
@@ -79,7 +79,8 @@ def test_bytes_are_counted_by_hand() -> None:
     message = order_message(2, "evaluate", order, state)
     told = len("run") + len("{}") + len("round") + 8 + len("basis") + 64 + len("which") + len("global")
     assert bytes_of(message) == told + len("state") + 10
-    reply = reply_message(message, Identity("ä", 3, "b", "l", "t"), {"loss": 1.5, "num-examples": 2})
+    content = reply_content(Identity("ä", 3, "b", "l", "t"), {"loss": 1.5, "num-examples": 2})
+    reply = Message(content, reply_to=message)
     named = len("client") + 2 + len("round") + 8 + len("basis") + 1 + len("layout") + 1 + len("task") + 1 + len("model")
     assert bytes_of(reply) == named + len("loss") + 8 + len("num-examples") + 8
     listed = Message(RecordDict({"x": ConfigRecord({"a": [1, 2, 3], "b": ["xy", "z"], "c": b"12345"})}), 2, "train")
@@ -89,8 +90,8 @@ def test_bytes_are_counted_by_hand() -> None:
 def test_orders_and_identities_arrive() -> None:
     order, identity = Order("{}", 3, "b", "personal"), Identity("client-1", 3, "b", "l", "words")
     message = order_message(2, "train", order)
-    assert Order.of(message) == order and message.metadata.group_id == "3"
-    assert Identity.of(reply_message(message, identity)) == identity
+    assert Order.of(message.content) == order and message.metadata.group_id == "3"
+    assert Identity.of(Message(reply_content(identity), reply_to=message)) == identity
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), [1.0, 2.0], "3", None, True])

@@ -1,0 +1,128 @@
+"""The four questions that a server may ask a client, answered: records in, records out. Flower's messages are left outside,
+so that the same code runs in a simulation, in Flower's own process for a message, and in a site's trainer.
+
+`query.prepare`: load the model and get hold of the basis. `train`: one round from the global core. `train.personalise`:
+go on alone. `evaluate`: score base, global or personal core on the own test set.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord, RecordDict
+
+from clients.session import Session, Site, open_session
+from fedsb.config import RunConfig
+from fedsb.errors import FedsbError
+from fedsb.store.files import load_tensors, save_tensors
+from fedsb.training.loop import personal_plan, round_plan
+from strategies.records import (
+    ARRAYS,
+    BASIS,
+    EVALUATE,
+    EXACT_MATCH,
+    EXAMPLES,
+    LOSS,
+    PERSONALISE,
+    PREPARE,
+    SECONDS,
+    TRAIN,
+    Identity,
+    Order,
+    pack_state,
+    reply_content,
+    unpack_basis,
+    unpack_state,
+)
+
+Node = Mapping[str, Any]  # a SuperNode's --node-config
+
+
+def answer(kind: str, content: RecordDict, node: Node) -> RecordDict:
+    """Answer one message. Raises FedsbError, which says what is wrong and what to do."""
+    if kind not in ANSWERS:
+        raise FedsbError(f"a client is asked {', '.join(ANSWERS)}, and not {kind}; use the same version of fedsb everywhere")
+    return ANSWERS[kind](content, node)
+
+
+def prepare(content: RecordDict, node: Node) -> RecordDict:
+    """Load the model and get hold of the basis; the reply says which one, and of which layout states are."""
+    order = Order.of(content)
+    session = open_session(order.run)
+    site = site_of(node, session.config)
+    sent = content.get(BASIS)
+    basis = session.prepare(site, order.basis, unpack_basis(sent) if isinstance(sent, ArrayRecord) else None)
+    return reply_content(Identity(site.name, order.round, basis, session.layout.fingerprint, model=session.model_sha256))
+
+
+def train(content: RecordDict, node: Node) -> RecordDict:
+    """One round: the global core in, the locally trained core out."""
+    order, session, site = _opened(content, node)
+    trained = session.train(site, unpack_state(content.get(ARRAYS)), round_plan(session.config, order.round))
+    metrics = {EXAMPLES: trained.examples, LOSS: trained.loss, SECONDS: trained.seconds}
+    state = pack_state(trained.vector, session.config.federation.wire_dtype)
+    return reply_content(_identity(order, session, site), metrics, state)
+
+
+def personalise(content: RecordDict, node: Node) -> RecordDict:
+    """Go on from the global core on the own data alone, keep the result, and hand it over for the adapter store."""
+    order, session, site = _opened(content, node)
+    trained = session.train(site, unpack_state(content.get(ARRAYS)), personal_plan(session.config))
+    save_tensors(_personal_file(site, session.config), session.layout.unflatten(trained.vector), {"basis": order.basis})
+    metrics = {EXAMPLES: trained.examples, LOSS: trained.loss, SECONDS: trained.seconds}
+    return reply_content(_identity(order, session, site), metrics, pack_state(trained.vector, "fp32"))
+
+
+def evaluate(content: RecordDict, node: Node) -> RecordDict:
+    """Score base, global or personal core on the own test set."""
+    order, session, site = _opened(content, node)
+    if order.which == "global":
+        vector = unpack_state(content.get(ARRAYS))
+    elif order.which == "personal":
+        state, _ = load_tensors(_personal_file(site, session.config))
+        vector = session.layout.flatten(state)
+    else:
+        vector = session.base_vector()
+    score = session.score(site, vector)
+    metrics = {EXAMPLES: score.n, LOSS: score.loss, EXACT_MATCH: score.exact_match}
+    return reply_content(_identity(order, session, site), metrics)
+
+
+ANSWERS: dict[str, Callable[[RecordDict, Node], RecordDict]] = {
+    PREPARE: prepare,
+    TRAIN: train,
+    PERSONALISE: personalise,
+    EVALUATE: evaluate,
+}
+
+
+def site_of(node: Node, config: RunConfig) -> Site:
+    """Who this client is, by its node configuration: `name`, `partition-id`, `num-partitions`, `folder`.
+
+    Raises FedsbError if it is none of the run's clients.
+    """
+    index, names = int(node.get("partition-id", 0)), config.client_names
+    if int(node.get("num-partitions", len(names))) != len(names) or index >= len(names):
+        raise FedsbError(
+            f"this node is number {index} of {node.get('num-partitions', len(names))} and the run has "
+            f"federation.clients = {len(names)}; make the numbers equal"
+        )
+    folder = node.get("folder") or os.environ.get("FEDSB_HOME") or Path.home() / ".fedsb" / "sites"
+    return Site(str(node.get("name", names[index])), index, Path(str(folder)))
+
+
+def _opened(content: RecordDict, node: Node) -> tuple[Order, Session, Site]:
+    order = Order.of(content)
+    session = open_session(order.run)
+    site = site_of(node, session.config)
+    session.require(site, order.basis)
+    return order, session, site
+
+
+def _identity(order: Order, session: Session, site: Site) -> Identity:
+    return Identity(site.name, order.round, order.basis, session.layout.fingerprint, session.task_of(site))
+
+
+def _personal_file(site: Site, config: RunConfig) -> Path:
+    return site.folder / site.name / f"personal-{config.digest()[:16]}.safetensors"

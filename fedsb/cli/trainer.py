@@ -1,0 +1,19 @@
+"""`fedsb trainer`: the resident trainer of a site."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clients.worker import serve
+
+
+def trainer(
+    socket: Annotated[Path, typer.Option(help="Unix socket to listen on; FEDSB_TRAINER names it to the ClientApp")],
+    name: Annotated[str, typer.Option(help="the site's name in the federation")],
+    home: Annotated[Path, typer.Option(help="folder of what the site keeps: bases and its own cores")],
+    index: Annotated[int, typer.Option(help="the site's place, from 0, where a configuration deals out common data")] = 0,
+    sites: Annotated[int, typer.Option(help="how many sites common data is dealt to")] = 1,
+) -> None:
+    """Keep model, basis and data of a site loaded, and answer what its ClientApp passes on."""
+    serve(socket, {"name": name, "partition-id": index, "num-partitions": sites, "folder": str(home)})
