@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord, RecordDict
 from clients.session import Session, Site, open_session
 from fedsb.config import RunConfig
 from fedsb.errors import FedsbError
-from fedsb.store.files import load_tensors, save_tensors
+from fedsb.store.tensors import load_tensors, save_tensors
 from fedsb.training.loop import personal_plan, round_plan
 from strategies.records import (
     ARRAYS,

@@ -47,3 +47,11 @@ class ReplyError(FedsbError):
 
 class TrainerError(FedsbError):
     """A site's trainer that is away, died, or does not answer a question."""
+
+
+class KeyFileError(FedsbError):
+    """A key or certificate that is not what it should be, or has expired."""
+
+
+class DeployError(FedsbError):
+    """A federation of processes that is not there, cannot be started, or does not answer."""

@@ -12,7 +12,7 @@ FLOORS = [
     ["fedsb.models", "fedsb.data", "fedsb.basis"],
     ["fedsb.adapters"],
     ["fedsb.aggregation", "fedsb.training", "fedsb.store", "fedsb.report"],
-    ["fedsb.serving"],
+    ["fedsb.deploy", "fedsb.serving"],
     ["strategies"],
     ["clients", "server"],
     ["fedsb.cli"],

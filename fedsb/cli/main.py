@@ -1,5 +1,6 @@
 """The command `fedsb`: one file per command; a user's error is one sentence and exit code 2."""
 
+import importlib
 import os
 import sys
 
@@ -24,21 +25,34 @@ app = typer.Typer(
 )
 
 
-def _register() -> None:
-    from fedsb.cli import doctor, evaluate, export, simulate, trainer
+COMMANDS = {
+    "simulate": "simulate",
+    "evaluate": "evaluate",
+    "export": "export",
+    "doctor": "doctor",
+    "up": "up",
+    "down": "up",
+    "run": "run",
+    "resume": "run",
+    "status": "run",
+    "logs": "run",
+    "stop": "run",
+    "trainer": "trainer",
+}  # command → its file in fedsb/cli
 
-    app.command()(simulate.simulate)
-    app.command()(evaluate.evaluate)
-    app.command()(export.export)
-    app.command()(doctor.doctor)
-    app.command()(trainer.trainer)
 
-
-_register()
+def register(wanted: str | None = None) -> None:
+    """Import one command, or all: torch takes seconds, and `fedsb status` needs none of it."""
+    known = {command.name for command in app.registered_commands}
+    for name, file in COMMANDS.items():
+        if name not in known and (wanted not in COMMANDS or wanted == name):
+            app.command(name)(getattr(importlib.import_module(f"fedsb.cli.{file}"), name))
+    app.callback()(lambda: None)  # so that one command alone still goes by its name
 
 
 def main() -> None:
     """Entry point."""
+    register(sys.argv[1] if len(sys.argv) > 1 else None)
     try:
         app()
     except FedsbError as error:

@@ -15,7 +15,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from fedsb.cli.main import app
+from fedsb.cli.main import app, register
 from fedsb.config import RunConfig, TaskSection
 
 CONFIGURATION = """\
@@ -33,7 +33,7 @@ COMMANDS = """\
 
 Exit codes: 0 all is well; 1 `doctor` found something to mend; 2 a mistake in the input, told in one sentence; 130 stopped
 with Ctrl-C. Environment: `FEDSB_CACHE` (where converted models are kept, by default `~/.cache/fedsb`), `FEDSB_HOME` (what a
-client outside a simulation keeps, by default `~/.fedsb/sites`).
+client outside a simulation keeps, by default `~/.fedsb/sites`), `FEDSB_TRAINER` (the socket of a site's trainer).
 
 This page is made by `python -m fedsb.cli.reference commands`.
 """
@@ -57,6 +57,7 @@ def configuration_page() -> str:
 
 def commands_page() -> str:
     """docs/commands.md."""
+    register()
     group = typer.main.get_command(app)
     assert isinstance(group, click.Group)
     parts = [COMMANDS]

@@ -21,17 +21,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from fedsb.errors import AdapterError, StoreError
-from fedsb.store.files import (
-    load_tensors,
-    read_file,
-    read_json,
-    save_tensors,
-    sha256_of,
-    staged_folder,
-    write_file,
-    write_json,
-    writing,
-)
+from fedsb.store.files import read_file, read_json, sha256_of, staged_folder, write_file, write_json, writing
+from fedsb.store.tensors import load_tensors, save_tensors
 
 CORE_FILE, MANIFEST_FILE, CURRENT_FILE, LOCK_FILE = "core.safetensors", "manifest.json", "current", ".lock"
 CLIENT = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")

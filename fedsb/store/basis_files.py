@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedsb.basis.frames import Basis
 from fedsb.errors import BasisError, StoreError
-from fedsb.store.files import load_tensors, save_tensors
+from fedsb.store.tensors import load_tensors, save_tensors
 
 FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 SIDES = ("B", "A", "R0")

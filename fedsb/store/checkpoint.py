@@ -9,15 +9,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from fedsb.errors import CheckpointError, StoreError
-from fedsb.store.files import (
-    clean_leftovers,
-    load_tensors,
-    read_json,
-    save_tensors,
-    sha256_of,
-    staged_folder,
-    write_json,
-)
+from fedsb.store.files import clean_leftovers, read_json, sha256_of, staged_folder, write_json
+from fedsb.store.tensors import load_tensors, save_tensors
 
 STATE, ROUND = "state.safetensors", "round.json"
 FOLDER = re.compile(r"round-(\d{4,})")

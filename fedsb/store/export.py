@@ -17,7 +17,8 @@ from torch import Tensor
 from fedsb.basis.frames import Basis
 from fedsb.errors import BasisError, StoreError
 from fedsb.store.adapters import StoredAdapter
-from fedsb.store.files import read_json, save_tensors, sha256_of, staged_folder, write_file, write_json
+from fedsb.store.files import read_json, sha256_of, staged_folder, write_file, write_json
+from fedsb.store.tensors import save_tensors
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, MANIFEST_FILE = (
     "adapter_config.json",

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, staged folders, hashes, tensors, and the event log.
+"""Files that are whole or absent: atomic writes, staged folders, hashes, and the event log. Imports no torch.
 
 Everything is written under a name that begins with a dot and ends in `.tmp`, synced to the disk, and renamed. A process
 killed at any moment leaves the old content or the new one, and at most such a leftover beside it, which every reader
@@ -15,10 +15,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
-
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
-from torch import Tensor
 
 from fedsb.errors import DiskError, StoreError
 
@@ -44,8 +40,8 @@ def writing(path: Path) -> Iterator[None]:
         raise DiskError(f"{path}: cannot be written ({error.strerror or error}); {remedy}") from error
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Put `data` at `path`, whole or not at all, with mode 0644; folders above are made.
+def write_file(path: Path, data: bytes, mode: int = FILE_MODE) -> None:
+    """Put `data` at `path`, whole or not at all, with that mode; folders above are made.
 
     Raises DiskError; then the old content, if any, is still there and no temporary file is.
     """
@@ -56,7 +52,7 @@ def write_file(path: Path, data: bytes) -> None:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(data)
                 file.flush()
-                os.fchmod(descriptor, FILE_MODE)
+                os.fchmod(descriptor, mode)
                 os.fsync(descriptor)
             os.replace(name, path)
         except BaseException:
@@ -164,42 +160,6 @@ def sha256_of(path: Path) -> str:
         raise StoreError(f"{path}: there is no such file; check the folder's name") from None
     except OSError as error:
         raise StoreError(f"{path}: cannot be read ({error.strerror or error}); mend that, then try again") from error
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors (any device, any strides) as safetensors through `write_file`. Raises DiskError.
-
-    Serialised in memory first, since safetensors' own `save_file` reports a full disk as a SafetensorError and makes
-    files with mode 0600.
-    """
-    write_file(path, to_safetensors(_apart(tensors), dict(metadata or {})))
-
-
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file and its metadata.
-
-    The tensors are copies: those of safetensors keep the file mapped, and a process may have only 65,530 mappings.
-    Raises StoreError if the file is missing, torn, or no safetensors file.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name).clone() for name in list(file.keys())}, dict(file.metadata() or {})
-    except FileNotFoundError:
-        raise StoreError(f"{path}: there is no such file; check the folder's name") from None
-    except (SafetensorError, OSError) as error:
-        raise StoreError(f"{path}: is no whole safetensors file ({error}); restore it or delete its folder") from error
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors, none of which shares memory with another (safetensors refuses those that do)."""
-    seen: set[int] = set()
-    apart = {}
-    for name, tensor in tensors.items():
-        plain = tensor.detach().cpu().contiguous()
-        address = plain.untyped_storage().data_ptr()
-        apart[name] = plain.clone() if address in seen else plain
-        seen.add(address)
-    return apart
 
 
 def append_line(path: Path, text: str) -> None:

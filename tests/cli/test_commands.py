@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import fedsb.adapters.tuner  # noqa: F401  teaches PEFT our format
 from fedsb.cli import doctor
-from fedsb.store.files import load_tensors, read_json
+from fedsb.store.files import read_json
+from fedsb.store.tensors import load_tensors
 from tests.cli.front_door import call
 from tests.federation.tiny import assert_same_run, equal, final_state, personal_states
 

@@ -16,7 +16,8 @@ from fedsb.data.batches import encode
 from fedsb.data.sites import client_data
 from fedsb.data.tasks import label_names
 from fedsb.models import load_model, load_tokenizer, locate
-from fedsb.store.files import load_tensors, read_json
+from fedsb.store.files import read_json
+from fedsb.store.tensors import load_tensors
 from fedsb.training.loop import Plan, personal_plan, round_plan, train
 from fedsb.training.start import build_basis
 from tests.federation.tiny import (

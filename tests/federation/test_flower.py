@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, Strategy
 from fedsb.models import locate
 from fedsb.report.journal import Journal
 from fedsb.report.screen import Silent
-from fedsb.store.files import load_tensors
+from fedsb.store.tensors import load_tensors
 from server.federation import Federation
 from server.local_grid import LocalGrid
 from server.run_folder import open_run

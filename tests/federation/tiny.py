@@ -14,7 +14,8 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 
 from clients.app import app as client_app
 from fedsb.config import RunConfig
-from fedsb.store.files import load_tensors, read_events, read_json
+from fedsb.store.files import read_events, read_json
+from fedsb.store.tensors import load_tensors
 from server.app import app as server_app
 from server.local_grid import LocalGrid, node_configs
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from fedsb.errors import AdapterError, DiskError, StoreError
 from fedsb.store.adapters import clients, load, versions
-from fedsb.store.files import save_tensors, sha256_of
+from fedsb.store.files import sha256_of
+from fedsb.store.tensors import save_tensors
 from tests.store.samples import litter, publish, state
 
 

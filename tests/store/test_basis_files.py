@@ -5,7 +5,7 @@ import torch
 
 from fedsb.errors import BasisError, StoreError
 from fedsb.store.basis_files import load_basis, save_basis
-from fedsb.store.files import load_tensors, save_tensors
+from fedsb.store.tensors import load_tensors, save_tensors
 from tests.store.samples import basis
 
 SHAPES = {"model.layers.1.b": (8, 6), "model.layers.0.a": (5, 7)}

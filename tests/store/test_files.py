@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from fedsb.errors import DiskError, StoreError
 from fedsb.store import files
+from fedsb.store.tensors import load_tensors, save_tensors
 from tests.store.samples import litter
 
 
@@ -42,7 +43,7 @@ def test_write_file_is_readable_by_other_users_and_makes_folders(tmp_path: Path)
         files.write_file(path, b"one")
         files.write_file(path, b"two")
         with files.staged_folder(tmp_path / "folder") as staged:
-            files.save_tensors(staged / "t.safetensors", {"a": torch.ones(1)})
+            save_tensors(staged / "t.safetensors", {"a": torch.ones(1)})
     finally:
         os.umask(old)
     assert path.read_bytes() == b"two"
@@ -157,8 +158,8 @@ def test_a_killed_process_leaves_the_old_folder_and_a_leftover_that_can_be_clean
 def test_tensors_roundtrip_with_metadata(tmp_path: Path) -> None:
     shared = torch.randn(3, 4)
     tensors = {"a": shared, "b": shared, "t": shared.T, "half": torch.randn(2, 2).bfloat16(), "none": torch.zeros(0, 3)}
-    files.save_tensors(tmp_path / "x.safetensors", tensors, {"who": "ünï"})
-    loaded, metadata = files.load_tensors(tmp_path / "x.safetensors")
+    save_tensors(tmp_path / "x.safetensors", tensors, {"who": "ünï"})
+    loaded, metadata = load_tensors(tmp_path / "x.safetensors")
     assert metadata == {"who": "ünï"}
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -167,22 +168,22 @@ def test_tensors_roundtrip_with_metadata(tmp_path: Path) -> None:
 
 
 def test_loaded_tensors_keep_no_file_mapped(tmp_path: Path) -> None:
-    files.save_tensors(tmp_path / "x.safetensors", {"a": torch.ones(64, 64)})
-    loaded, _ = files.load_tensors(tmp_path / "x.safetensors")
+    save_tensors(tmp_path / "x.safetensors", {"a": torch.ones(64, 64)})
+    loaded, _ = load_tensors(tmp_path / "x.safetensors")
     assert loaded and str(tmp_path / "x.safetensors") not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.parametrize("kept", [0, 4, 30, -1])
 def test_a_torn_tensor_file_is_refused(tmp_path: Path, kept: int) -> None:
     path = tmp_path / "x.safetensors"
-    files.save_tensors(path, {"a": torch.ones(8)})
+    save_tensors(path, {"a": torch.ones(8)})
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(StoreError, match=r"x\.safetensors: is no whole safetensors file"):
-        files.load_tensors(path)
+        load_tensors(path)
 
 
 def test_missing_files_are_told(tmp_path: Path) -> None:
-    for read in (files.load_tensors, files.sha256_of, files.read_file, files.read_json):
+    for read in (load_tensors, files.sha256_of, files.read_file, files.read_json):
         with pytest.raises(StoreError, match="nowhere: there is no such file"):
             read(tmp_path / "nowhere")
 

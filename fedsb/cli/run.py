@@ -1,0 +1,188 @@
+"""`fedsb run`, `resume`, `status`, `logs`, `stop`: runs on a federation of real sites."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import tomli_w
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedsb.cli.up import HOME, HomeOption
+from fedsb.config import RunConfig
+from fedsb.deploy import processes
+from fedsb.deploy.flower import Flower
+from fedsb.deploy.home import Home
+from fedsb.deploy.sites import overview
+from fedsb.errors import DeployError, FederationError, StoreError
+from fedsb.report.screen import screen
+from fedsb.report.table import show_summary
+from fedsb.store.files import read_events, write_file
+
+POLL_SECONDS = 0.5
+ASK_SECONDS = 5.0  # between two looks at whether the run is still alive
+ENDED = "finished"
+Name = Annotated[str, typer.Argument(help="name of a run; by default the one started last")]
+
+
+def run(
+    config: Annotated[Path, typer.Argument(help="TOML file of the run")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="override a setting; may be repeated")
+    ] = None,
+    home: HomeOption = HOME,
+    detach: Annotated[bool, typer.Option("--detach", help="return as soon as it is started")] = False,
+) -> None:
+    """Run a federation on its sites, show its progress, and end with the table of `fedsb simulate`."""
+    chosen = RunConfig.load(config, set_ or [])
+    place = Home(home)
+    if (place.runs / chosen.name).exists():
+        raise StoreError(
+            f"{place.runs / chosen.name} holds a run already; `fedsb resume {chosen.name}` goes on with it, "
+            "--set name=ANOTHER starts another"
+        )
+    _start(place, chosen, resume=False)
+    if not detach:
+        _follow(place, chosen)
+
+
+def resume(
+    name: Name = "",
+    home: HomeOption = HOME,
+    detach: Annotated[bool, typer.Option("--detach", help="return as soon as it is started")] = False,
+) -> None:
+    """Go on with a run from its last finished round."""
+    place = Home(home)
+    name = name or _last(place)
+    path = place.runs / name / "config.toml"
+    if not path.exists():
+        raise StoreError(f"{place.runs / name} is no run; `fedsb status --home {home}` names those that there are")
+    number = place.started().get(name)
+    if number and not Flower(place).status(number)["status"].startswith(ENDED):
+        raise DeployError(f"{name} is still running; `fedsb logs {name}` shows it, `fedsb stop {name}` ends it")
+    chosen = RunConfig.load(path)
+    _start(place, chosen, resume=True)
+    if not detach:
+        _follow(place, chosen)
+
+
+def stop(name: Name = "", home: HomeOption = HOME) -> None:
+    """Stop a run; its finished rounds stay, and `fedsb resume` goes on with it."""
+    place = Home(home)
+    name = name or _last(place)
+    Flower(place).stop(_number(place, name))
+    print(f"{name}: stopped; `fedsb resume {name}` goes on from its last finished round")
+
+
+def logs(name: Name = "", home: HomeOption = HOME) -> None:
+    """Print what the server's side of a run has printed, and its events."""
+    place = Home(home)
+    name = name or _last(place)
+    print(Flower(place).log(_number(place, name)), end="")
+    for event in read_events(place.runs / name / "events.jsonl"):
+        print(json.dumps(event))
+
+
+def status(
+    home: HomeOption = HOME,
+    json_: Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")] = False,
+) -> None:
+    """Show the sites and when they were last seen, and every run: state, round, bytes, replies refused."""
+    place = Home(home)
+    found = {"processes": processes.states(place), "sites": overview(place), "runs": _runs(place)}
+    if json_:
+        print(json.dumps(found))
+        return
+    console = Console(width=None if Console().is_terminal else 120)
+    for title in ("sites", "runs"):
+        table = Table(title=title, title_justify="left")
+        rows = found[title]
+        assert isinstance(rows, list)
+        for column in rows[0] if rows else []:
+            table.add_column(column.replace("_", " "))
+        for row in rows:
+            table.add_row(*map(str, row.values()))
+        console.print(table if rows else f"no {title} yet")
+
+
+def _runs(place: Home) -> list[dict[str, Any]]:
+    flower, found = Flower(place), []
+    for name, number in place.started().items():
+        events = read_events(place.runs / name / "events.jsonl")
+        rounds = [event for event in events if event["event"] == "round"]
+        last = rounds[-1] if rounds else {}
+        found.append(
+            {
+                "run": name,
+                "status": flower.status(number)["status"],
+                "round": f"{last.get('round', 0)}/{last['rounds']}" if rounds else "0",
+                "loss": round(last["loss"], 4) if rounds else None,
+                "bytes_up": sum(event["up"] for event in rounds),
+                "bytes_down": sum(event["down"] for event in rounds),
+                "refused": sum(event["event"] == "refused" for event in events),
+            }
+        )
+    return found
+
+
+def _start(place: Home, chosen: RunConfig, *, resume: bool) -> None:
+    folder = (place.runs / chosen.name).resolve()
+    values = place.folder / "values" / f"{chosen.name}.toml"
+    write_file(values, tomli_w.dumps({"config": chosen.to_json(), "out": str(folder), "resume": resume}).encode())
+    number = Flower(place).run(place.write_app(), values)
+    before = {name: other for name, other in place.started().items() if name != chosen.name}
+    place.write_started(before | {chosen.name: number})
+
+
+def _follow(place: Home, chosen: RunConfig) -> None:
+    """Show a run's events as they come. Raises FederationError with what the server said, if it fails."""
+    folder, number, flower = place.runs / chosen.name, place.started()[chosen.name], Flower(place)
+    shown = len(read_events(folder / "events.jsonl"))
+    show, asked = screen(chosen.runtime.progress), time.monotonic()
+    try:
+        while True:
+            shown = _show_new(show, folder, shown)
+            if time.monotonic() - asked > ASK_SECONDS:
+                state, asked = str(flower.status(number)["status"]), time.monotonic()
+                if state.startswith(ENDED):
+                    break
+            time.sleep(POLL_SECONDS)
+        _show_new(show, folder, shown)
+    except KeyboardInterrupt:
+        print(f"fedsb: {chosen.name} goes on without this terminal; `fedsb stop {chosen.name}` ends it", file=sys.stderr)
+        raise typer.Exit(130) from None
+    finally:
+        show.close()
+    if state != f"{ENDED}:completed":
+        raise FederationError(f"{chosen.name}: {_reason(flower.log(number), state)}; `fedsb logs {chosen.name}` shows everything")
+    show_summary(json.loads((folder / "summary.json").read_text()), str(folder / "adapters"))
+
+
+def _show_new(show: Any, folder: Path, shown: int) -> int:
+    events = read_events(folder / "events.jsonl")
+    for event in events[shown:]:
+        show.show(event)
+    return len(events)
+
+
+def _reason(log: str, state: str) -> str:
+    """The last error of ours in a log, which is one sentence; else the run's state."""
+    lines = [line.split(": ", 1)[1] for line in log.splitlines() if line.startswith("fedsb.errors.") and ": " in line]
+    return lines[-1] if lines else state
+
+
+def _last(place: Home) -> str:
+    names = list(place.started())
+    if not names:
+        raise DeployError(f"{place.folder}: no run was started here yet; `fedsb run CONFIG --home {place.folder}` starts one")
+    return names[-1]
+
+
+def _number(place: Home, name: str) -> str:
+    started = place.started()
+    if name not in started:
+        raise DeployError(f"{name} was not started here; the runs of {place.folder} are {', '.join(started) or 'none yet'}")
+    return started[name]

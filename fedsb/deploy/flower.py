@@ -1,0 +1,84 @@
+"""Flower's own commands, asked for JSON: start and stop runs, admit and list nodes."""
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedsb.deploy.home import CONNECTION, Home
+from fedsb.errors import DeployError
+
+SECONDS = 120  # longest that one command may take
+QUIET = {  # no telemetry, no update checks, no installation of packages while a run starts
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}
+
+
+@dataclass(frozen=True)
+class Flower:
+    """The server of a federation, as its operator reaches it."""
+
+    home: Home
+
+    def run(self, app: Path, values: Path) -> str:
+        """Start a run of an app with the run configuration in a TOML file; returns its number."""
+        return str(self._ask("run", str(app), CONNECTION, "--run-config", str(values))["run-id"])
+
+    def stop(self, number: str) -> None:
+        """Stop a run."""
+        self._ask("stop", number, CONNECTION)
+
+    def status(self, number: str) -> dict[str, Any]:
+        """A run's entry: `status` is `finished:completed`, `running`, …"""
+        runs = self._ask("ls", CONNECTION, "--run-id", number)["runs"]
+        found: dict[str, Any] = runs[0]
+        return found
+
+    def log(self, number: str) -> str:
+        """What the ServerApp has printed so far."""
+        command = ["flwr", "log", number, CONNECTION, "--show"]
+        return subprocess.run(
+            command, env=self._environment(), capture_output=True, text=True, timeout=SECONDS, check=False
+        ).stdout
+
+    def admit(self, key: Path, name: str) -> str:
+        """Let a node with this public key in; returns its number."""
+        return str(self._ask("supernode", "register", str(key), CONNECTION, "--name", name)["node-id"])
+
+    def revoke(self, number: str) -> None:
+        """Let a node in no more."""
+        self._ask("supernode", "unregister", number, CONNECTION)
+
+    def nodes(self) -> dict[str, dict[str, Any]]:
+        """Number → node, with `status` (online, offline, registered), `online-at` and `offline-at`."""
+        return {str(node["node-id"]): node for node in self._ask("supernode", "list", CONNECTION)["nodes"]}
+
+    def _environment(self) -> Mapping[str, str]:
+        return os.environ | QUIET | {"FLWR_HOME": str(self.home.flower.resolve())}
+
+    def _ask(self, *arguments: str) -> dict[str, Any]:
+        try:
+            done = subprocess.run(
+                ["flwr", *arguments, "--format", "json"],
+                env=self._environment(),
+                capture_output=True,
+                text=True,
+                timeout=SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise DeployError(f"the server did not answer `flwr {arguments[0]}` within {SECONDS} s; see its log") from None
+        start = done.stdout.find("{")
+        try:
+            answer: dict[str, Any] = json.JSONDecoder().raw_decode(done.stdout[start:])[0] if start >= 0 else {}
+        except ValueError:
+            answer = {}
+        if not answer.get("success"):
+            reason = str(answer.get("error-message") or done.stderr.strip() or done.stdout.strip() or "no answer")
+            raise DeployError(f"the server refused `flwr {' '.join(arguments[:2])}` ({' '.join(reason.split())[:300]})")
+        return answer

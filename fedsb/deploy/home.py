@@ -1,0 +1,151 @@
+"""The folder of a federation: keys, certificates, Flower's state, runs and logs, all in one place that can be backed up."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedsb.config import SiteName
+from fedsb.deploy.certs import Authority
+from fedsb.errors import DeployError
+from fedsb.store.files import read_json, write_file, write_json
+
+CONNECTION = "fedsb"  # the name of the server in Flower's own configuration
+APP = {  # what Flower ships to every site: nothing but where the installed package has its two apps
+    "pyproject.toml": """[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "fedsb-run"
+version = "0.1.0"
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "fedsb"
+
+[tool.flwr.app.components]
+serverapp = "fedsb_run.server_side:app"
+clientapp = "fedsb_run.client_side:app"
+
+[tool.flwr.app.config]
+config = ""
+set = ""
+out = ""
+resume = false
+""",
+    "fedsb_run/__init__.py": "",
+    "fedsb_run/server_side.py": "from server.app import app as federation\n\napp = federation\n",
+    "fedsb_run/client_side.py": "from clients.app import app as client\n\napp = client\n",
+}
+
+
+class LocalSite(BaseModel):
+    """A site of `fedsb up`: its name, its place, and the port of its SuperNode on the loopback."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    name: SiteName
+    index: int
+    port: int
+
+
+class Topology(BaseModel):
+    """`topology.json`: the ports of a federation of local processes."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    port: int
+    sites: list[LocalSite] = Field(min_length=1)
+
+
+class Admitted(BaseModel):
+    """A site in `admitted.json`: Flower's number for it, and the SHA-256 of its public key."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    node: str
+    key_sha256: str
+    since: str
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where everything of a federation lies."""
+
+    folder: Path
+
+    @property
+    def tls(self) -> Authority:
+        """Its authority and the server's certificate."""
+        return Authority(self.folder / "tls")
+
+    @property
+    def flower(self) -> Path:
+        """FLWR_HOME of every process of this federation."""
+        return self.folder / "flower"
+
+    @property
+    def runs(self) -> Path:
+        """The folders of runs, by name."""
+        return self.folder / "runs"
+
+    @property
+    def logs(self) -> Path:
+        """One log a process."""
+        return self.folder / "logs"
+
+    def site(self, name: str) -> Path:
+        """The folder of a local site."""
+        return self.folder / "sites" / name
+
+    def write_connection(self, address: str) -> None:
+        """Tell Flower's commands where the server is."""
+        server = {"address": address, "root-certificates": str(self.tls.ca.resolve())}
+        content = {"superlink": {"default": CONNECTION, CONNECTION: server}}
+        write_file(self.flower / "config.toml", tomli_w.dumps(content).encode())
+
+    def write_app(self) -> Path:
+        """Put the Flower app that a run ships in place; returns its folder."""
+        app = self.folder / "app"
+        for name, text in APP.items():
+            write_file(app / name, text.encode())
+        return app
+
+    def topology(self) -> Topology:
+        """Raises DeployError if there is no federation here."""
+        path = self.folder / "topology.json"
+        if not path.exists():
+            raise DeployError(
+                f"{self.folder}: no federation was started here; `fedsb up` starts one, --home names another folder"
+            )
+        try:
+            return Topology.model_validate(read_json(path))
+        except ValidationError:
+            raise DeployError(f"{path}: is not what `fedsb up` wrote; delete it and start again") from None
+
+    def write_topology(self, topology: Topology) -> None:
+        """Write `topology.json`."""
+        write_json(self.folder / "topology.json", topology.model_dump())
+
+    def admitted(self) -> dict[str, Admitted]:
+        """The sites that may take part, by name."""
+        return {name: Admitted.model_validate(entry) for name, entry in self._table("admitted.json").items()}
+
+    def write_admitted(self, sites: dict[str, Admitted]) -> None:
+        """Write `admitted.json`."""
+        write_json(self.folder / "admitted.json", {name: site.model_dump() for name, site in sites.items()})
+
+    def started(self) -> dict[str, str]:
+        """Run name → Flower's number of its last start."""
+        return {name: str(number) for name, number in self._table("started.json").items()}
+
+    def write_started(self, runs: dict[str, str]) -> None:
+        """Write `started.json`."""
+        write_json(self.folder / "started.json", runs)
+
+    def _table(self, name: str) -> dict[str, object]:
+        path = self.folder / name
+        return read_json(path) if path.exists() else {}

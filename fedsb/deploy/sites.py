@@ -1,0 +1,57 @@
+"""Who may take part: sites admitted by name, each with its own key."""
+
+import datetime
+import re
+from pathlib import Path
+from typing import Any
+
+from fedsb.deploy.certs import check_public_key
+from fedsb.deploy.flower import Flower
+from fedsb.deploy.home import Admitted, Home
+from fedsb.errors import DeployError
+from fedsb.store.files import sha256_of
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+
+
+def admit(home: Home, key: Path, name: str) -> Admitted:
+    """Let the site with this public key take part under a name.
+
+    Raises DeployError for a name that is none or is taken, or a key that is another site's, and KeyFileError.
+    """
+    if not NAME.fullmatch(name):
+        raise DeployError(f"{name!r} is no name of a site (a-z, 0-9, dot, dash, underscore); give one with --name")
+    check_public_key(key)
+    digest, sites = sha256_of(key), home.admitted()
+    if name in sites and sites[name].key_sha256 == digest:
+        return sites[name]
+    if name in sites:
+        raise DeployError(f"{name} is a site already, with another key; choose another --name, or revoke it first")
+    owner = next((other for other, site in sites.items() if site.key_sha256 == digest), None)
+    if owner:
+        raise DeployError(f"{key}: is the key of {owner} already; one site, one key")
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    admitted = Admitted(node=Flower(home).admit(key, name), key_sha256=digest, since=now)
+    home.write_admitted(sites | {name: admitted})
+    return admitted
+
+
+def revoke(home: Home, name: str) -> None:
+    """Let a site take part no more. Raises DeployError if there is none of that name."""
+    sites = home.admitted()
+    if name not in sites:
+        raise DeployError(f"{name} is no site of this federation; its sites are {', '.join(sorted(sites)) or 'none yet'}")
+    Flower(home).revoke(sites[name].node)
+    home.write_admitted({other: site for other, site in sites.items() if other != name})
+
+
+def overview(home: Home) -> list[dict[str, Any]]:
+    """Every admitted site: name, status (online, offline, registered), when it was last seen, since when it is admitted."""
+    nodes = Flower(home).nodes()
+    rows = []
+    for name, site in sorted(home.admitted().items()):
+        node = nodes.get(site.node, {})
+        status = str(node.get("status", "unknown"))
+        seen = "now" if status == "online" else str(node.get("offline-at", "N/A")).replace("N/A", "never")
+        rows.append({"site": name, "status": status, "last_seen": seen, "since": site.since})
+    return rows
