@@ -31,16 +31,20 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the federation that the run config names: `config` (a path or JSON), `set`, `out`, `resume`."""
+    """Run the federation that the run config names: `config` (a path or JSON), `set`, `out`, `resume`, `home`."""
     config, folder, resume = read_run_config(context)
+    home = str(context.run_config.get("home", ""))
     with run_folder(folder, config, resume), contextlib.closing(screen(config.runtime.progress)) as show:
-        federate(config, grid, folder, Journal(folder / "events.jsonl", show))
+        federate(config, grid, folder, Journal(folder / "events.jsonl", show), Path(home) if home else None)
 
 
-def federate(config: RunConfig, grid: Grid, folder: Path, journal: Journal) -> None:
-    """The algorithm above. What it leaves in `folder` is described in docs/design.md."""
+def federate(config: RunConfig, grid: Grid, folder: Path, journal: Journal, home: Path | None = None) -> None:
+    """The algorithm above. What it leaves in `folder` is described in docs/design.md.
+
+    `home`: the folder of a federation of real sites, which says what name each node was admitted under.
+    """
     started = time.monotonic()
-    run = Federation(config, grid, folder, journal)
+    run = Federation(config, grid, folder, journal, home)
     basis = run.choose_basis()
     run.prepare_clients(basis)
     strategy = run.strategy(basis)

@@ -15,6 +15,7 @@ from fedsb.basis.frames import Basis
 from fedsb.basis.spectral import seeded
 from fedsb.config import RunConfig
 from fedsb.data.tasks import label_names
+from fedsb.deploy.home import Home
 from fedsb.errors import BasisError, FederationError, ReplyError, StoreError
 from fedsb.models import device_of, load_model, load_tokenizer, locate, outline_model
 from fedsb.report.journal import Journal
@@ -43,8 +44,8 @@ from strategies.rounds import Exchange, RoundResult, Traffic, wait_for_nodes
 class Federation:
     """What the server knows in the course of a run."""
 
-    def __init__(self, config: RunConfig, grid: Grid, folder: Path, journal: Journal) -> None:
-        self.config, self.grid, self.folder, self.journal = config, grid, folder, journal
+    def __init__(self, config: RunConfig, grid: Grid, folder: Path, journal: Journal, home: Path | None = None) -> None:
+        self.config, self.grid, self.folder, self.journal, self.home = config, grid, folder, journal, home
         self.source = locate(config.model.source)
         self.labels = len(label_names(config.data.tasks[0])) if config.model.kind == "classification" else None
         self.layout: Layout = layout_of(self._model(with_weights=False))
@@ -228,6 +229,7 @@ class Federation:
         """
         exchange = Exchange(self.grid, self.config.federation.round_seconds)
         order = Order(self.config.to_json(), 0, basis.fingerprint)
+        admitted = {int(site.node): name for name, site in Home(self.home).admitted().items()} if self.home else {}
         behind = {}
         for reply in exchange([order_message(node, PREPARE, order, arrays) for node in nodes]):
             node = reply.metadata.src_node_id
@@ -240,6 +242,8 @@ class Federation:
                 check_equal("base model", identity.model, self.source.sha256)
                 if not adapters.CLIENT.fullmatch(identity.client):
                     raise ReplyError(f"bears the name {identity.client[:63]!r}, which is none (a-z, 0-9, dot, dash, underscore)")
+                if self.home:
+                    check_equal("site", identity.client, admitted.get(node, "none that was admitted"))
                 if any(name == identity.client for other, name in self.roster.items() if other in online):
                     raise ReplyError(f"bears the name {identity.client}, which another client has")
             except ReplyError as error:

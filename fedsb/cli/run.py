@@ -131,7 +131,8 @@ def _runs(place: Home) -> list[dict[str, Any]]:
 def _start(place: Home, chosen: RunConfig, *, resume: bool) -> None:
     folder = (place.runs / chosen.name).resolve()
     values = place.folder / "values" / f"{chosen.name}.toml"
-    write_file(values, tomli_w.dumps({"config": chosen.to_json(), "out": str(folder), "resume": resume}).encode())
+    told = {"config": chosen.to_json(), "out": str(folder), "home": str(place.folder.resolve()), "resume": resume}
+    write_file(values, tomli_w.dumps(told).encode())
     number = Flower(place).run(place.write_app(), values)
     before = {name: other for name, other in place.started().items() if name != chosen.name}
     place.write_started(before | {chosen.name: number})

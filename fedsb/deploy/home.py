@@ -34,6 +34,7 @@ clientapp = "fedsb_run.client_side:app"
 config = ""
 set = ""
 out = ""
+home = ""
 resume = false
 """,
     "fedsb_run/__init__.py": "",

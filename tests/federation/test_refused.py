@@ -12,6 +12,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from torch import Tensor
 
+from fedsb.deploy.home import Admitted, Home
 from fedsb.errors import FederationError
 from server.local_grid import LocalGrid
 from strategies.records import EXACT_MATCH, EXAMPLES, LOSS, RAW_BF16, SECONDS, pack_state, unpack_state
@@ -315,6 +316,25 @@ def test_a_client_with_another_model_is_refused_before_the_first_round(
     summary = federate(config, out, grid=_twisted(config, out, reshape))
     assert complaint in events(out, "refused")[0]["reason"]
     assert summary["clients"] == 2
+
+
+def test_a_node_bears_only_the_name_that_it_was_admitted_under(llama: str, words: str, tmp_path: Path) -> None:
+    """Node 3 was admitted as client-1 and says it is client-2; nobody admitted node 4."""
+    config, out = config_of(table(llama, words, federation={"rounds": 1})), tmp_path / "run"
+    home = Home(tmp_path / "home")
+    home.write_admitted({f"client-{i}": Admitted(node=str(i + 2), key_sha256="", since="") for i in range(2)})
+
+    def rename(kind: str, client: int, reply: Message) -> list[Message]:
+        if client == 1:
+            reply.content["identity"]["client"] = "client-2"
+        return [reply]
+
+    summary = federate(config, out, grid=_twisted(config, out, rename), home=home.folder)
+    refused = {event["client"]: event["reason"] for event in events(out, "refused")}
+    assert refused.keys() == {"node 3", "node 4"}
+    assert "answered for site client-2 where client-1" in refused["node 3"]
+    assert "answered for site client-2 where none that was" in refused["node 4"]
+    assert summary["clients"] == 1 and personal_states(out).keys() == {"client-0"}
 
 
 class Comings(LocalGrid):

@@ -101,9 +101,9 @@ def local_grid(config: RunConfig, folder: Path) -> LocalGrid:
     return LocalGrid(client_app, node_configs(config.client_names, str(folder / "sites")))
 
 
-def federate(config: RunConfig, folder: Path, *, resume: bool = False, grid: Any = None) -> dict[str, Any]:
+def federate(config: RunConfig, folder: Path, *, resume: bool = False, grid: Any = None, home: Path | str = "") -> dict[str, Any]:
     """A whole run with the real apps, as `fedsb simulate` does it; returns summary.json."""
-    values = {"config": config.to_json(), "out": str(folder), "resume": resume}
+    values = {"config": config.to_json(), "out": str(folder), "resume": resume, "home": str(home)}
     context = Context(run_id=0, node_id=0, node_config={}, state=RecordDict(), run_config=values)
     server_app(grid or local_grid(config, folder), context)
     return read_json(folder / "summary.json")
