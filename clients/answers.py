@@ -12,6 +12,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, RecordDict
 
+from clients.policy import load_policy
 from clients.session import Session, Site, open_session
 from fedsb.config import RunConfig
 from fedsb.errors import FedsbError
@@ -40,10 +41,21 @@ Node = Mapping[str, Any]  # a SuperNode's --node-config
 
 
 def answer(kind: str, content: RecordDict, node: Node) -> RecordDict:
-    """Answer one message. Raises FedsbError, which says what is wrong and what to do."""
+    """Answer one message, if the site's policy (`node["policy"]`, a file) allows it.
+
+    Raises FedsbError, which says what is wrong and what to do.
+    """
     if kind not in ANSWERS:
         raise FedsbError(f"a client is asked {', '.join(ANSWERS)}, and not {kind}; use the same version of fedsb everywhere")
-    return ANSWERS[kind](content, node)
+    path = node.get("policy")
+    if not path:
+        return ANSWERS[kind](content, node)
+    policy = load_policy(Path(str(path)))
+    policy.check(RunConfig.from_json(Order.of(content).run))
+    reply = ANSWERS[kind](content, node)
+    if kind == PERSONALISE and not policy.personal_adapter_may_leave:
+        del reply[ARRAYS]
+    return reply
 
 
 def prepare(content: RecordDict, node: Node) -> RecordDict:

@@ -49,6 +49,10 @@ class TrainerError(FedsbError):
     """A site's trainer that is away, died, or does not answer a question."""
 
 
+class PolicyError(FedsbError):
+    """A question that a site's own policy does not allow it to answer."""
+
+
 class KeyFileError(FedsbError):
     """A key or certificate that is not what it should be, or has expired."""
 

@@ -25,6 +25,7 @@ from fedsb.store.files import read_events
 from fedsb.training.start import build_basis, can_rebuild, needs_weights
 from strategies.fedsb import FedSB
 from strategies.records import (
+    ARRAYS,
     LOSS,
     PERSONALISE,
     PREPARE,
@@ -174,10 +175,14 @@ class Federation:
         messages = [order_message(node, PERSONALISE, order, state) for _, node in sorted((n, i) for i, n in missing.items())]
         for client, reply in strategy.accepted(rounds, exchange(messages)):
             try:
-                personal, seconds = strategy.usable(reply), metric(reply, SECONDS)
+                seconds = metric(reply, SECONDS)
                 loss = {"loss": metric(reply, LOSS)} if self.config.personal.steps else {}
+                personal = strategy.usable(reply) if ARRAYS in reply.content else None
             except ReplyError as error:
                 strategy.refuse(rounds, client, error)
+                continue
+            if personal is None:  # the site's policy
+                self.journal.tell("kept", round=rounds, client=client, **loss, seconds=seconds)
                 continue
             up, down = bytes_of(reply), bytes_of(messages[0])  # read back by _personal_traffic
             self.journal.tell("personal", round=rounds, client=client, **loss, seconds=seconds, up=up, down=down)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from clients.policy import load_policy
 from clients.worker import serve
 
 
@@ -14,6 +15,11 @@ def trainer(
     home: Annotated[Path, typer.Option(help="folder of what the site keeps: bases and its own cores")],
     index: Annotated[int, typer.Option(help="the site's place, from 0, where a configuration deals out common data")] = 0,
     sites: Annotated[int, typer.Option(help="how many sites common data is dealt to")] = 1,
+    policy: Annotated[Path | None, typer.Option(help="TOML file of what the site allows")] = None,
 ) -> None:
     """Keep model, basis and data of a site loaded, and answer what its ClientApp passes on."""
-    serve(socket, {"name": name, "partition-id": index, "num-partitions": sites, "folder": str(home)})
+    node = {"name": name, "partition-id": index, "num-partitions": sites, "folder": str(home)}
+    if policy is not None:
+        load_policy(policy)
+        node["policy"] = str(policy.resolve())
+    serve(socket, node)

@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
+from clients.policy import template
 from fedsb.deploy import processes
 from fedsb.deploy.certs import check_valid, make_authority, make_node_key
 from fedsb.deploy.flower import Flower
 from fedsb.deploy.home import Home, LocalSite, Topology
 from fedsb.deploy.sites import NAME, admit
 from fedsb.errors import DeployError
-from fedsb.store.files import writing
+from fedsb.store.files import write_file, writing
 
 HOME = Path("federation")
 START_SECONDS = 60.0
@@ -42,6 +43,9 @@ def up(
     check_valid(place.tls.server)
     for site in topology.sites:
         make_node_key(place.site(site.name) / "key")
+        policy = place.site(site.name) / "policy.toml"
+        if not policy.exists():
+            write_file(policy, template().encode())
     with writing(place.logs):
         place.logs.mkdir(parents=True, exist_ok=True)
         place.runs.mkdir(exist_ok=True)

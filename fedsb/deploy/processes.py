@@ -139,6 +139,7 @@ def _site_executor(home: Home, site: LocalSite) -> tuple[str, list[str], dict[st
 def _trainer(home: Home, topology: Topology, site: LocalSite) -> tuple[str, list[str], dict[str, str]]:
     command = ["fedsb", "trainer", "--socket", str(trainer_socket(home, site.name)), "--name", site.name]
     command += ["--index", str(site.index), "--sites", str(len(topology.sites)), "--home", str(home.site(site.name).resolve())]
+    command += ["--policy", str(home.site(site.name).resolve() / "policy.toml")]
     share = max(1, (os.cpu_count() or 1) // len(topology.sites))  # threads that wait for each other spin
     return f"{site.name}-trainer", command, {"OMP_NUM_THREADS": str(share)}
 

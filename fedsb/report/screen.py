@@ -100,6 +100,8 @@ def sentence(event: dict[str, Any]) -> str:
             return f"round {event['round']}: {event['client']} was left out: it {event['reason']}"
         case "silent":
             return f"round {event['round']}: {event['client']} did not answer in time"
+        case "kept":
+            return f"{event['client']} keeps its personal adapter to itself"
         case "personalised":
             return (
                 f"personal adapters: {event['clients']} clients, "

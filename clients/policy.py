@@ -1,0 +1,85 @@
+"""What a site allows: a TOML file that its own operator writes, read anew for every question, so a change acts at once.
+
+The server sends its configuration with each question; one that goes beyond the policy is refused with a reason, and the run
+goes on without this site. What is not named in the file is not limited.
+"""
+
+import tomllib
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, ValidationError
+
+from fedsb.config import PositiveInt, RunConfig, Section
+from fedsb.errors import ConfigError, PolicyError
+
+Names = Annotated[tuple[str, ...] | None, Field(strict=False)]
+
+
+class Policy(Section):
+    """The policy of a site. Patterns are those of a shell: `*` stands for any characters."""
+
+    methods: Names = Field(None, description="adapter.method must be one of these")
+    models: Names = Field(None, description="model.source must match one of these patterns")
+    tasks: Names = Field(None, description="the source of every task must match one of these patterns")
+    max_rank: PositiveInt | None = Field(None, description="largest adapter.rank")
+    max_steps: PositiveInt | None = Field(None, description="most optimiser steps in one round, or in personalisation")
+    max_rounds: PositiveInt | None = Field(None, description="most rounds of a run")
+    personal_adapter_may_leave: bool = Field(
+        True, description="false: the personal adapter stays on this site's disk and is not published"
+    )
+
+    def check(self, config: RunConfig) -> None:
+        """Raise PolicyError, which names the setting, its value and the limit, if a run goes beyond this policy."""
+        adapter, steps = config.adapter, max(config.train.steps, config.personal.steps)
+        if self.methods is not None and adapter.method not in self.methods:
+            raise _beyond("adapter.method", adapter.method, f"methods = {list(self.methods)}")
+        if self.models is not None and not _matches(config.model.source, self.models):
+            raise _beyond("model.source", config.model.source, f"models = {list(self.models)}")
+        for task in config.data.tasks:
+            if self.tasks is not None and not _matches(task.source, self.tasks):
+                raise _beyond("data.tasks", task.source, f"tasks = {list(self.tasks)}")
+        for key, value, limit in (
+            ("adapter.rank", adapter.rank, "max_rank"),
+            ("train.steps or personal.steps", steps, "max_steps"),
+            ("federation.rounds", config.federation.rounds, "max_rounds"),
+        ):
+            most = getattr(self, limit)
+            if most is not None and value > most:
+                raise _beyond(key, value, f"{limit} = {most}")
+
+
+def template() -> str:
+    """A policy file that allows everything, with every setting explained."""
+    examples = {"methods": '["lora-sb"]', "models": '["smollm2-*"]', "tasks": '["jsonl:/data/*"]', "max_rank": "64"}
+    examples |= {"max_steps": "100", "max_rounds": "50", "personal_adapter_may_leave": "false"}
+    lines = ["# What this site allows. A line without # limits; * stands for any characters."]
+    for name, field in Policy.model_fields.items():
+        lines += [f"# {field.description}", f"#{name} = {examples[name]}"]
+    return "\n".join(lines) + "\n"
+
+
+def load_policy(path: Path) -> Policy:
+    """Read a site's policy. Raises ConfigError with the key, the file and what to do."""
+    try:
+        return Policy.model_validate(tomllib.loads(path.read_text()))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: the site's policy cannot be read ({error}); without one nothing is answered") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: is not valid TOML ({error}); mend that line") from None
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = str(fault["loc"][0])
+        if fault["type"] == "extra_forbidden":
+            known = ", ".join(Policy.model_fields)
+            raise ConfigError(f"{path}: {key} is not a setting of a policy; the settings are {known}") from None
+        raise ConfigError(f"{path}: {key} = {fault['input']!r} will not do: {fault['msg'].lower()}; change it") from None
+
+
+def _matches(source: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(source, pattern) for pattern in patterns)
+
+
+def _beyond(key: str, value: object, limit: str) -> PolicyError:
+    return PolicyError(f"the site's policy does not allow {key} = {value} ({limit})")

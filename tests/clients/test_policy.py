@@ -1,0 +1,130 @@
+"""The site decides: what is beyond its policy is refused with a reason, and the run goes on without it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clients.app import app as client_app
+from clients.policy import Policy, load_policy, template
+from fedsb.config import RunConfig
+from fedsb.errors import ConfigError, PolicyError
+from server.local_grid import LocalGrid, node_configs
+from tests.federation.tiny import config_of, events, federate, personal_states, save_model, save_task, table
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    folder = tmp_path_factory.mktemp("site")
+    return config_of(table(save_model(folder / "model"), save_task(folder / "words")))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('methods = ["fedex-lora"]', r"adapter.method = lora-sb \(methods = \['fedex-lora'\]\)"),
+        ('models = ["smollm2-*", "/models/*"]', r"model.source = .*model \(models = "),
+        ('tasks = ["gym:*"]', r"data.tasks = jsonl:.*words \(tasks = "),
+        ("tasks = []", r"data.tasks = jsonl:.*words \(tasks = \[\]\)"),
+        ("max_rank = 3", r"adapter.rank = 4 \(max_rank = 3\)"),
+        ("max_steps = 1", r"train.steps or personal.steps = 2 \(max_steps = 1\)"),
+        ("max_rounds = 2", r"federation.rounds = 3 \(max_rounds = 2\)"),
+    ],
+)
+def test_each_limit(config: RunConfig, tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "policy.toml").write_text(text)
+    with pytest.raises(PolicyError, match=f"the site's policy does not allow {said}"):
+        load_policy(tmp_path / "policy.toml").check(config)
+
+
+def test_at_its_limits_everything_is_allowed(config: RunConfig) -> None:
+    source = config.data.tasks[0].source
+    Policy(methods=("lora-sb",), models=("*",), tasks=("gym:*", source), max_rank=4, max_steps=2, max_rounds=3).check(config)
+    Policy().check(config)
+
+
+def test_the_template_allows_everything_and_explains_every_setting(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text(template())
+    assert load_policy(path) == Policy()
+    path.write_text("\n".join(line.removeprefix("#") for line in template().splitlines() if not line.startswith("# ")))
+    assert all(getattr(load_policy(path), name) != field.default for name, field in Policy.model_fields.items())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("max_rnak = 3", "policy.toml: max_rnak is not a setting of a policy; the settings are methods, models"),
+        ('max_rank = "3"', "policy.toml: max_rank = '3' will not do"),
+        ("max_rank = 0", "policy.toml: max_rank = 0 will not do"),
+        ("max_rank", "policy.toml: is not valid TOML"),
+        (None, "policy.toml: the site's policy cannot be read"),
+    ],
+)
+def test_a_wrong_file(tmp_path: Path, text: str | None, said: str) -> None:
+    if text is not None:
+        (tmp_path / "policy.toml").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        load_policy(tmp_path / "policy.toml")
+
+
+class Sites(LocalGrid):
+    """As over a network, an error of a client is a reply and not an exception."""
+
+    def pull_messages(self, message_ids: Any) -> Any:
+        from flwr.app import Error, Message
+
+        for message_id in list(message_ids):
+            message = self._pending.pop(message_id)
+            try:
+                yield self._app(message, self._contexts[message.metadata.dst_node_id])
+            except Exception as error:
+                yield Message(Error(2, str(error)), reply_to=message)
+
+
+def _grid(config: RunConfig, out: Path, policy: Path) -> Sites:
+    nodes = node_configs(config.client_names, str(out / "sites"))
+    nodes[1]["policy"] = str(policy)
+    return Sites(client_app, nodes)
+
+
+def test_a_run_goes_on_without_the_site_that_refuses(config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_text("max_rank = 3\n")
+    out = tmp_path / "run"
+    summary = federate(config, out, grid=_grid(config, out, tmp_path / "policy.toml"))
+    (refused,) = events(out, "refused")
+    assert "the site's policy does not allow adapter.rank = 4 (max_rank = 3)" in refused["reason"]
+    assert summary["clients"] == 2 and personal_states(out).keys() == {"client-0", "client-2"}
+
+
+def test_a_policy_that_changes_acts_at_once(config: RunConfig, tmp_path: Path) -> None:
+    policy, out = tmp_path / "policy.toml", tmp_path / "run"
+    policy.write_text("max_rounds = 3\n")
+    grid = _grid(config, out, policy)
+    asked = grid.push_messages
+
+    def tighten(messages: Any) -> list[str]:
+        outgoing = list(messages)
+        if outgoing[0].metadata.group_id == "2":
+            policy.write_text("max_rounds = 1\n")
+        return asked(outgoing)
+
+    grid.push_messages = tighten  # type: ignore[method-assign]
+    summary = federate(config, out, grid=grid)
+    assert [entry["clients"] for entry in summary["history"]] == [3, 2, 2]
+    assert "client-1" not in personal_states(out)
+
+
+def test_a_personal_adapter_that_may_not_leave_stays(config: RunConfig, tmp_path: Path) -> None:
+    """It is scored where it is, everybody else's result is the same, and its numbers are in no message."""
+    (tmp_path / "policy.toml").write_text("personal_adapter_may_leave = false\n")
+    kept, free = tmp_path / "kept", tmp_path / "free"
+    grid = _grid(config, kept, tmp_path / "policy.toml")
+    summary = federate(config, kept, grid=grid)
+    expected = federate(config, free)
+    assert personal_states(kept).keys() == {"client-0", "client-2"}
+    assert [event["client"] for event in events(kept, "kept")] == ["client-1"]
+    assert not events(kept, "refused")
+    assert summary["evaluation"] == expected["evaluation"]
+    assert list((kept / "sites" / "client-1").glob("personal-*.safetensors"))
+    assert summary["bytes"]["up"] < expected["bytes"]["up"]
