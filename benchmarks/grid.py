@@ -84,10 +84,10 @@ def run(config: RunConfig, personal: bool) -> dict[str, float]:
         _, state = federation.restore_or_start(basis)
         rounds, seconds = config.federation.rounds, config.federation.round_seconds
         state = run_rounds(grid, strategy, state, first=1, last=rounds, seconds=seconds, after_round=federation.checkpoint)
-        result = pooled(federation.evaluate(strategy, state, "global"))
+        result = pooled(federation.evaluate(strategy, state, ["global"])["global"])
         if personal:
             federation.personalise(strategy, state)
-            scores = pooled(federation.evaluate(strategy, state, "personal"))
+            scores = pooled(federation.evaluate(strategy, state, ["personal"])["personal"])
             result |= {f"personal_{what}": value for what, value in scores.items()}
         trained = federation.history[-1]["loss"]
     return result | {"train_loss": trained, "seconds": round(time.monotonic() - started, 1)}

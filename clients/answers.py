@@ -87,17 +87,20 @@ def personalise(content: RecordDict, node: Node) -> RecordDict:
 
 
 def evaluate(content: RecordDict, node: Node) -> RecordDict:
-    """Score base, global or personal core on the own test set."""
+    """Score base, global and personal core, as asked, on the own test set; without a personal core there is no score of it."""
     order, session, site = _opened(content, node)
-    if order.which == "global":
-        vector = unpack_state(content.get(ARRAYS))
-    elif order.which == "personal":
-        state, _ = load_tensors(_personal_file(site, session.config))
-        vector = session.layout.flatten(state)
-    else:
-        vector = session.base_vector()
-    score = session.score(site, vector)
-    metrics = {EXAMPLES: score.n, LOSS: score.loss, EXACT_MATCH: score.exact_match}
+    metrics: dict[str, int | float] = {}
+    for which in order.which.split(","):
+        if which == "global":
+            vector = unpack_state(content.get(ARRAYS))
+        elif which == "base":
+            vector = session.base_vector()
+        elif _personal_file(site, session.config).exists():
+            vector = session.layout.flatten(load_tensors(_personal_file(site, session.config))[0])
+        else:
+            continue
+        score = session.score(site, vector)
+        metrics |= {EXAMPLES: score.n, f"{which}-{LOSS}": score.loss, f"{which}-{EXACT_MATCH}": score.exact_match}
     return reply_content(_identity(order, session, site), metrics)
 
 

@@ -62,7 +62,7 @@ def federate(config: RunConfig, grid: Grid, folder: Path, journal: Journal, home
         after_round=run.checkpoint,
     )
     run.personalise(strategy, state)
-    evaluation = {which: run.evaluate(strategy, state, which) for which in ("base", "global", "personal")}
+    evaluation = run.evaluate(strategy, state)
     journal.tell("end", seconds=round(time.monotonic() - started, 3))
     write_json(folder / "summary.json", summarise(run, basis, evaluation, time.monotonic() - started))
 

@@ -1,6 +1,7 @@
 """The steps of a federation at the server, each called once by `server/app.py`, in the order in which they stand here."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from strategies.records import (
     PERSONALISE,
     PREPARE,
     SECONDS,
+    WHICH,
     Identity,
     Order,
     bytes_of,
@@ -207,19 +209,20 @@ class Federation:
             seconds=round(time.monotonic() - started, 3),
         )
 
-    def evaluate(self, strategy: FedSB, state: ArrayRecord, which: str) -> dict[str, dict[str, Any]]:
-        """Step 4: one of base, global, personal on every client's own test set."""
+    def evaluate(self, strategy: FedSB, state: ArrayRecord, which: Sequence[str] = WHICH) -> dict[str, dict[str, dict[str, Any]]]:
+        """Step 4: base, global and personal on every client's own test set; base | global | personal → client → score."""
         rounds = self.config.federation.rounds
-        self.journal.tell("stage", title=f"scoring {which}", clients=len(self.roster))
+        self.journal.tell("stage", title=f"scoring {', '.join(which)}", clients=len(self.roster) * len(which))
         exchange = Exchange(self.grid, self.config.federation.round_seconds)
-        messages = strategy.configure_evaluate(rounds, state, ConfigRecord({"which": which}), self.grid)
-        scores = {}
-        for client, score in strategy.scores(rounds, exchange(messages)):
-            scores[client] = score
-            self.journal.tell("scored", which=which, client=client, **score)
+        messages = strategy.configure_evaluate(rounds, state, ConfigRecord({"which": ",".join(which)}), self.grid)
+        found: dict[str, dict[str, dict[str, Any]]] = {each: {} for each in which}
+        for client, scores in strategy.scores(rounds, exchange(messages)):
+            for each in [each for each in which if each in scores]:
+                found[each][client] = scores[each]
+                self.journal.tell("scored", which=each, client=client, **scores[each])
         self.traffic.add(exchange.traffic)
         self._name_silent(rounds, exchange.silent)
-        return scores
+        return found
 
     def _model(self, *, with_weights: bool) -> Any:
         section, device = self.config.model, device_of(self.config.runtime.device)

@@ -27,8 +27,10 @@ from strategies.records import (
     EXACT_MATCH,
     EXAMPLES,
     LOSS,
+    METRICS,
     SECONDS,
     TRAIN,
+    WHICH,
     Identity,
     Order,
     metric,
@@ -107,35 +109,47 @@ class FedSB(Strategy):
         return record, metrics
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
-        """The question `config["which"]` (base, global or personal) to every client; only `global` carries a state."""
+        """The question `config["which"]` (some of base, global, personal, with commas) to every client in one message each;
+        the state goes along only where `global` is asked."""
         which = str(config["which"])
-        order, state = self.order(server_round, which), arrays if which == "global" else None
+        order, state = self.order(server_round, which), arrays if "global" in which.split(",") else None
         return [order_message(node, EVALUATE, order, state) for _, node in sorted((n, i) for i, n in self.roster.items())]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Mean loss and exact match over all test examples."""
+        """Means over all test examples, such as `global-loss` and `global-exact-match`; and `n`, how many they are."""
         scores = dict(self.scores(server_round, replies))
-        total = sum(score["n"] for score in scores.values())
-        if not total:
-            return None
-        return MetricRecord(
-            {key: sum(s[key] * s["n"] for s in scores.values()) / total for key in ("loss", "exact_match")} | {"n": total}
-        )
+        means: dict[str, float] = {}
+        for which in WHICH:
+            own = [score[which] for score in scores.values() if which in score]
+            total = sum(score["n"] for score in own)
+            for key, name in (("loss", LOSS), ("exact_match", EXACT_MATCH)):
+                if total:
+                    means[f"{which}-{name}"] = sum(score[key] * score["n"] for score in own) / total
+        examples = sum(next(iter(score.values()))["n"] for score in scores.values())
+        return MetricRecord({**means, "n": examples}) if means else None
 
-    def scores(self, server_round: int, replies: Iterable[Message]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Each client's own score: its name and loss, exact_match, n, task."""
+    def scores(self, server_round: int, replies: Iterable[Message]) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
+        """Each client's own scores: its name, and base | global | personal → loss, exact_match, n, task."""
         for client, reply in self.accepted(server_round, replies):
             try:
+                n, task = metric(reply, EXAMPLES), Identity.of(reply).task
+                check_weight(n)
+                told = [which for which in WHICH if f"{which}-{LOSS}" in reply.content[METRICS]]
                 score = {
-                    "loss": metric(reply, LOSS),
-                    "exact_match": metric(reply, EXACT_MATCH),
-                    "n": metric(reply, EXAMPLES),
+                    which: {
+                        "loss": metric(reply, f"{which}-{LOSS}"),
+                        "exact_match": metric(reply, f"{which}-{EXACT_MATCH}"),
+                        "n": n,
+                        "task": task,
+                    }
+                    for which in told
                 }
-                check_weight(score["n"])
+                if not score:
+                    raise ReplyError("left out all scores")
             except ReplyError as error:
                 self.refuse(server_round, client, error)
                 continue
-            yield client, score | {"task": Identity.of(reply).task}
+            yield client, score
 
     def accepted(self, server_round: int, replies: Iterable[Message]) -> Iterator[tuple[str, Message]]:
         """The replies that answer this round's question, with their clients' names; the others are refused and named."""

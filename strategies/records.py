@@ -20,6 +20,7 @@ PREPARE, TRAIN, PERSONALISE, EVALUATE = "query.prepare", "train", "train.persona
 ARRAYS, CONFIG, METRICS, IDENTITY, BASIS = "arrays", "config", "metrics", "identity", "basis"
 EXAMPLES, LOSS, SECONDS, EXACT_MATCH = "num-examples", "loss", "seconds", "exact-match"
 STATE = "state"
+WHICH = ("base", "global", "personal")  # whose scores there are; a score's metrics are `global-loss`, `global-exact-match`
 RAW_BF16 = "fedsb.bf16"  # little-endian bytes of a contiguous bf16 tensor
 
 
@@ -84,7 +85,7 @@ class Order:
         run: the whole configuration as JSON; the same text gives the same session at a client.
         round: the server's round; 0 before the first.
         basis: fingerprint of the basis that states in this message belong to.
-        which: for `evaluate`: base, global or personal.
+        which: for `evaluate`: some of `WHICH`, with commas.
     """
 
     run: str

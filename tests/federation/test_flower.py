@@ -77,6 +77,6 @@ def test_our_strategy_runs_in_flowers_loop(llama: str, words: str, tmp_path: Pat
     metrics = result.evaluate_metrics_clientapp[3]
     scores = ours["evaluation"]["global"].values()
     assert metrics["n"] == 9
-    assert metrics["loss"] == pytest.approx(sum(score["loss"] * score["n"] for score in scores) / 9)
+    assert metrics["global-loss"] == pytest.approx(sum(score["loss"] * score["n"] for score in scores) / 9)
     assert [result.train_metrics_clientapp[i]["loss"] for i in (1, 2, 3)] == [e["loss"] for e in ours["history"]]
     assert locate(llama).sha256 == ours["model"]["sha256"]

@@ -178,16 +178,23 @@ def test_too_few_usable_replies_are_no_round() -> None:
 
 
 def test_a_bad_score_is_named_and_left_out() -> None:
-    desk = Desk(3)
+    desk = Desk(4)
     questions = list(
         desk.strategy.configure_evaluate(3, pack_state(vectors(1)[0], "fp32"), ConfigRecord({"which": "base"}), desk.grid)
     )
     assert all("arrays" not in question.content for question in questions)
-    numbers: list[dict[str, Any]] = [{EXACT_MATCH: 0.5}, {EXACT_MATCH: float("nan")}, {EXACT_MATCH: 0.5, EXAMPLES: 0}]
+    loss, exact = f"base-{LOSS}", f"base-{EXACT_MATCH}"
+    numbers: list[dict[str, Any]] = [
+        {loss: 1.5, exact: 0.5},
+        {loss: 1.5, exact: float("nan")},
+        {loss: 1.5, exact: 0.5, EXAMPLES: 0},
+        {f"other-{LOSS}": 1.0},
+    ]
     replies = [desk.reply(q, None, m) for q, m in zip(questions, numbers, strict=True)]
     scores = dict(desk.strategy.scores(3, replies))
-    assert scores == {"client-0": {"loss": 1.5, "exact_match": 0.5, "n": 10, "task": ""}}
-    assert desk.refused.keys() == {"client-1", "client-2"}
+    assert scores == {"client-0": {"base": {"loss": 1.5, "exact_match": 0.5, "n": 10, "task": ""}}}
+    assert desk.refused.keys() == {"client-1", "client-2", "client-3"}
+    assert desk.refused["client-3"] == "left out all scores"
 
 
 class Twisted(LocalGrid):
