@@ -114,11 +114,12 @@ class LoraSbLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def set_frames(self, adapter_name: str, b: Tensor, a: Tensor) -> None:
         """Give an adapter its B (out, r) and A (r, in); shared with any adapter that already has the same.
 
-        They are held in the base weight's dtype if that is wider than theirs, which loses nothing and saves a cast.
+        They are held in the base weight's dtype if that is wider than theirs, which loses nothing and saves a cast; and
+        row by row, as files hold them: another order in memory would round products differently.
         """
         weight = self.base_layer.weight
         dtype = torch.promote_types(b.dtype, weight.dtype) if weight.dtype.is_floating_point else b.dtype
-        b, a = (t.to(weight.device, dtype) for t in (b, a))
+        b, a = (t.to(weight.device, dtype).contiguous() for t in (b, a))
         others = (frames for name, frames in self.fedsb_basis.items() if name != adapter_name)
         same = (f for f in others if isinstance(f, Frames) and f.B.dtype == dtype and f.B.shape == b.shape and f.equals(b, a))
         self.fedsb_basis[adapter_name] = next(same, None) or Frames(b, a)

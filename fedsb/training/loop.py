@@ -1,6 +1,5 @@
 """Local training: a client's steps of one round. Without state between rounds, so a resumed run repeats it exactly."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,8 @@ from fedsb.training.loss import causal_loss, classification_loss
 
 FINAL_SHARE = 0.1  # of the learning rate at the end of the linear schedule
 PERSONAL_SHARE = FINAL_SHARE  # personalisation goes on at the learning rate at which training ended
-REFERENCE = {"causal": (1e-2, 64), "classification": (1e-2, 32)}  # (learning rate, rank) provisional: see docs/log.md
+STEP_SIZE = {"random": 0.64, "weights": 0.64, "public": 0.32}  # learning rate times rank, by basis; docs/log.md, 2026-11-22
+LOWEST_RANK = 16  # below it the learning rate rises no further: 4e-2 is the largest at which training was seen to be stable
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,14 @@ class Plan:
 
 
 def learning_rate(config: RunConfig) -> float:
-    """The configured learning rate; `auto`: the measured one, falling with the square root of the rank above it."""
+    """The configured learning rate; `auto`: the measured one, falling with the rank.
+
+    AdamW moves every entry of a core by about the learning rate, so ‖B·ΔR·A‖ = ‖ΔR‖ by learning rate times r a step,
+    whatever the layer's size: that is what is kept the same. A basis from gradients points at what the loss is steepest
+    in, and takes half.
+    """
     chosen = config.train.learning_rate
-    if chosen != "auto":
-        return chosen
-    rate, rank = REFERENCE[config.model.kind]
-    return rate * math.sqrt(rank / config.adapter.rank)
+    return STEP_SIZE[config.basis.source] / max(config.adapter.rank, LOWEST_RANK) if chosen == "auto" else chosen
 
 
 def round_plan(config: RunConfig, server_round: int) -> Plan:

@@ -13,7 +13,6 @@ from fedsb.data.batches import draw
 from fedsb.training.loop import (
     FINAL_SHARE,
     PERSONAL_SHARE,
-    REFERENCE,
     Plan,
     learning_rate,
     personal_plan,
@@ -169,15 +168,15 @@ def test_the_schedule_warms_up_and_falls_to_a_tenth(warmup: int, decay: bool, ex
     assert _plan(total=5, warmup=0, decay=True).factor(5) == pytest.approx(FINAL_SHARE)
 
 
-@pytest.mark.parametrize("kind", ["causal", "classification"])
-def test_the_automatic_learning_rate_falls_with_the_root_of_the_rank(kind: str) -> None:
-    def at(rank: int) -> float:
-        return learning_rate(run_config(model={"kind": kind}, adapter={"rank": rank}))
-
-    rate, rank = REFERENCE[kind]
-    assert at(rank) == pytest.approx(rate)
-    assert [at(4 * rank), at(rank // 4)] == pytest.approx([rate / 2, rate * 2])
-    assert learning_rate(run_config(model={"kind": kind}, train={"learning_rate": 0.3})) == 0.3
+def test_the_automatic_learning_rate_keeps_the_size_of_a_step() -> None:
+    """Learning rate times rank is the same for every rank, and half of it with a basis from gradients."""
+    assert learning_rate(run_config(adapter={"rank": 2})) == 0.04
+    for rank in (16, 32, 64):
+        assert learning_rate(run_config(adapter={"rank": rank})) * rank == pytest.approx(0.64)
+        assert learning_rate(run_config(adapter={"rank": rank}, basis={"source": "weights"})) * rank == pytest.approx(0.64)
+    public = {"source": "public", "public": {"name": "open", "source": "gym:chain_sum", "train": 4}}
+    assert learning_rate(run_config(adapter={"rank": 32}, basis=public)) == pytest.approx(1e-2)
+    assert learning_rate(run_config(train={"learning_rate": 0.3})) == 0.3
 
 
 def test_the_plans_of_a_run_follow_one_another() -> None:
