@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord, RecordDict
 from clients.policy import load_policy
 from clients.session import Session, Site, open_session
 from fedsb.config import RunConfig
-from fedsb.errors import FedsbError
+from fedsb.errors import FedsbError, PolicyError
 from fedsb.store.tensors import load_tensors, save_tensors
 from fedsb.training.loop import personal_plan, round_plan
 from strategies.records import (
@@ -51,7 +51,11 @@ def answer(kind: str, content: RecordDict, node: Node) -> RecordDict:
     if not path:
         return ANSWERS[kind](content, node)
     policy = load_policy(Path(str(path)))
-    policy.check(RunConfig.from_json(Order.of(content).run))
+    order = Order.of(content)
+    config = RunConfig.from_json(order.run)
+    policy.check(config)
+    if order.round > config.federation.rounds:
+        raise PolicyError(f"round {order.round} of a run of {config.federation.rounds} rounds is beyond what was agreed")
     reply = ANSWERS[kind](content, node)
     if kind == PERSONALISE and not policy.personal_adapter_may_leave:
         del reply[ARRAYS]

@@ -4,6 +4,7 @@ The server sends its configuration with each question; one that goes beyond the 
 goes on without this site. What is not named in the file is not limited.
 """
 
+import re
 import tomllib
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -78,7 +79,8 @@ def load_policy(path: Path) -> Policy:
 
 
 def _matches(source: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(source, pattern) for pattern in patterns)
+    """A path out of a pattern's folder (`jsonl:/data/../home`) matches nothing."""
+    return ".." not in re.split(r"[:/\\\\]", source) and any(fnmatchcase(source, pattern) for pattern in patterns)
 
 
 def _beyond(key: str, value: object, limit: str) -> PolicyError:

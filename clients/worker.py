@@ -23,6 +23,7 @@ from starlette.routing import Route
 from clients.answers import answer
 from clients.ask import REFUSED
 from fedsb.errors import FedsbError, TrainerError
+from fedsb.store.files import writing
 from strategies.envelope import from_bytes, to_bytes
 
 Answer = Callable[[str, RecordDict, Mapping[str, Any]], RecordDict]
@@ -57,18 +58,20 @@ def trainer_app(node: Mapping[str, Any], answer: Answer = answer) -> Starlette:
 def serve(path: Path, node: Mapping[str, Any]) -> None:
     """Listen on a Unix socket until the process is ended. Raises TrainerError if another trainer has it."""
     with _listening(path) as listener:
-        server = uvicorn.Server(uvicorn.Config(trainer_app(node), log_level="warning", lifespan="off"))
-        server.run(sockets=[listener])
+        config = uvicorn.Config(trainer_app(node), log_level="warning", lifespan="off", timeout_graceful_shutdown=1)
+        uvicorn.Server(config).run(sockets=[listener])
 
 
 @contextlib.contextmanager
 def _listening(path: Path) -> Any:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(str(path))
         except OSError:
-            path.unlink(missing_ok=True)  # what a killed trainer left behind
+            if path.is_socket():  # what a killed trainer left behind
+                path.unlink(missing_ok=True)
         else:
             raise TrainerError(f"another trainer answers at {path}; end it first, or choose another --socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:

@@ -38,7 +38,7 @@ def run(
 ) -> None:
     """Run a federation on its sites, show its progress, and end with the table of `fedsb simulate`."""
     chosen = RunConfig.load(config, set_ or [])
-    place = Home(home)
+    place = _running(home)
     if (place.runs / chosen.name).exists():
         raise StoreError(
             f"{place.runs / chosen.name} holds a run already; `fedsb resume {chosen.name}` goes on with it, "
@@ -55,7 +55,7 @@ def resume(
     detach: Annotated[bool, typer.Option("--detach", help="return as soon as it is started")] = False,
 ) -> None:
     """Go on with a run from its last finished round."""
-    place = Home(home)
+    place = _running(home)
     name = name or _last(place)
     path = place.runs / name / "config.toml"
     if not path.exists():
@@ -63,15 +63,15 @@ def resume(
     number = place.started().get(name)
     if number and not Flower(place).status(number)["status"].startswith(ENDED):
         raise DeployError(f"{name} is still running; `fedsb logs {name}` shows it, `fedsb stop {name}` ends it")
-    chosen = RunConfig.load(path)
+    chosen, before = RunConfig.load(path), len(read_events(place.runs / name / "events.jsonl"))
     _start(place, chosen, resume=True)
     if not detach:
-        _follow(place, chosen)
+        _follow(place, chosen, before)
 
 
 def stop(name: Name = "", home: HomeOption = HOME) -> None:
     """Stop a run; its finished rounds stay, and `fedsb resume` goes on with it."""
-    place = Home(home)
+    place = _running(home)
     name = name or _last(place)
     Flower(place).stop(_number(place, name))
     print(f"{name}: stopped; `fedsb resume {name}` goes on from its last finished round")
@@ -79,7 +79,7 @@ def stop(name: Name = "", home: HomeOption = HOME) -> None:
 
 def logs(name: Name = "", home: HomeOption = HOME) -> None:
     """Print what the server's side of a run has printed, and its events."""
-    place = Home(home)
+    place = _running(home)
     name = name or _last(place)
     print(Flower(place).log(_number(place, name)), end="")
     for event in read_events(place.runs / name / "events.jsonl"):
@@ -91,7 +91,7 @@ def status(
     json_: Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")] = False,
 ) -> None:
     """Show the sites and when they were last seen, and every run: state, round, bytes, replies refused."""
-    place = Home(home)
+    place = _running(home)
     found = {"processes": processes.states(place), "sites": overview(place), "runs": _runs(place)}
     if json_:
         print(json.dumps(found))
@@ -106,6 +106,15 @@ def status(
         for row in rows:
             table.add_row(*map(str, row.values()))
         console.print(table if rows else f"no {title} yet")
+
+
+def _running(home: Path) -> Home:
+    """The federation in a folder. Raises DeployError if there is none, or if it was started here and is down."""
+    place = Home(home)
+    place.topology()
+    if processes.running(place) is None:
+        raise DeployError(f"{home}: the federation is down; start it with `fedsb up` and the same names")
+    return place
 
 
 def _runs(place: Home) -> list[dict[str, Any]]:
@@ -138,10 +147,9 @@ def _start(place: Home, chosen: RunConfig, *, resume: bool) -> None:
     place.write_started(before | {chosen.name: number})
 
 
-def _follow(place: Home, chosen: RunConfig) -> None:
-    """Show a run's events as they come. Raises FederationError with what the server said, if it fails."""
+def _follow(place: Home, chosen: RunConfig, shown: int = 0) -> None:
+    """Show a run's events as they come, from number `shown` on. Raises FederationError with what the server said, if it fails."""
     folder, number, flower = place.runs / chosen.name, place.started()[chosen.name], Flower(place)
-    shown = len(read_events(folder / "events.jsonl"))
     show, asked = screen(chosen.runtime.progress), time.monotonic()
     try:
         while True:

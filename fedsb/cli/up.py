@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from clients.policy import template
+from clients.policy import load_policy, template
 from fedsb.deploy import processes
 from fedsb.deploy.certs import check_valid, make_authority, make_node_key
 from fedsb.deploy.flower import Flower
@@ -25,7 +25,7 @@ def up(
     clients: Annotated[int, typer.Option(help="how many sites")] = 3,
     names: Annotated[str, typer.Option(help="their names, separated by commas; by default site-0, site-1, …")] = "",
     home: HomeOption = HOME,
-    port: Annotated[int, typer.Option(help="port of the server on the loopback; 0 takes a free one")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port of the server on the loopback; 0 takes a free one")] = 0,
 ) -> None:
     """Start a server and sites as local processes on the loopback: the topology of docker-compose.yml without containers."""
     chosen = [name for name in names.split(",") if name] or [f"site-{i}" for i in range(clients)]
@@ -39,6 +39,9 @@ def up(
     if processes.running(place):
         raise DeployError(f"{home}: a federation runs here already; `fedsb status` shows it, `fedsb down` ends it")
     topology = _topology(place, chosen, port)
+    with writing(home):
+        home.mkdir(parents=True, exist_ok=True)
+        home.chmod(0o700)  # keys, cores and adapters are nobody else's business
     make_authority(place.tls.folder)
     check_valid(place.tls.server)
     for site in topology.sites:
@@ -46,6 +49,7 @@ def up(
         policy = place.site(site.name) / "policy.toml"
         if not policy.exists():
             write_file(policy, template().encode())
+        load_policy(policy)
     with writing(place.logs):
         place.logs.mkdir(parents=True, exist_ok=True)
         place.runs.mkdir(exist_ok=True)

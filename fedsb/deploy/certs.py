@@ -128,7 +128,7 @@ def load_certificate(path: Path) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(read_file(path))
     except ValueError:
-        raise KeyFileError(f"{path}: is no certificate in PEM format; make one with `fedsb certs`") from None
+        raise KeyFileError(f"{path}: is no certificate in PEM format; restore it from your backup") from None
 
 
 def days_left(path: Path) -> int:
@@ -141,7 +141,7 @@ def check_valid(path: Path) -> None:
     """Raise KeyFileError if a certificate has expired."""
     if days_left(path) < 0:
         expiry = load_certificate(path).not_valid_after_utc.date()
-        raise KeyFileError(f"{path}: expired on {expiry}; renew it with `fedsb certs --renew` and restart the server")
+        raise KeyFileError(f"{path}: expired on {expiry}; delete it and its key, then `fedsb up` makes new ones")
 
 
 def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int) -> x509.CertificateBuilder:

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +42,7 @@ class Flower:
 
     def log(self, number: str) -> str:
         """What the ServerApp has printed so far."""
-        command = ["flwr", "log", number, CONNECTION, "--show"]
-        return subprocess.run(
-            command, env=self._environment(), capture_output=True, text=True, timeout=SECONDS, check=False
-        ).stdout
+        return self._call("log", number, CONNECTION, "--show").stdout
 
     def admit(self, key: Path, name: str) -> str:
         """Let a node with this public key in; returns its number."""
@@ -59,20 +57,10 @@ class Flower:
         return {str(node["node-id"]): node for node in self._ask("supernode", "list", CONNECTION)["nodes"]}
 
     def _environment(self) -> Mapping[str, str]:
-        return os.environ | QUIET | {"FLWR_HOME": str(self.home.flower.resolve())}
+        return os.environ | QUIET | {"FLWR_HOME": str(self.home.flower.resolve()), "PATH": search_path()}
 
     def _ask(self, *arguments: str) -> dict[str, Any]:
-        try:
-            done = subprocess.run(
-                ["flwr", *arguments, "--format", "json"],
-                env=self._environment(),
-                capture_output=True,
-                text=True,
-                timeout=SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise DeployError(f"the server did not answer `flwr {arguments[0]}` within {SECONDS} s; see its log") from None
+        done = self._call(*arguments, "--format", "json")
         start = done.stdout.find("{")
         try:
             answer: dict[str, Any] = json.JSONDecoder().raw_decode(done.stdout[start:])[0] if start >= 0 else {}
@@ -82,3 +70,21 @@ class Flower:
             reason = str(answer.get("error-message") or done.stderr.strip() or done.stdout.strip() or "no answer")
             raise DeployError(f"the server refused `flwr {' '.join(arguments[:2])}` ({' '.join(reason.split())[:300]})")
         return answer
+
+    def _call(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [tool("flwr"), *arguments]
+        try:
+            return subprocess.run(command, env=self._environment(), capture_output=True, text=True, timeout=SECONDS, check=False)
+        except subprocess.TimeoutExpired:
+            raise DeployError(f"the server did not answer `flwr {arguments[0]}` within {SECONDS} s; see its log") from None
+
+
+def tool(name: str) -> str:
+    """A program of this Python environment, whether or not it is activated."""
+    path = Path(sys.executable).parent / name
+    return str(path) if path.exists() else name
+
+
+def search_path() -> str:
+    """PATH with this environment's programs first: Flower starts its own by name."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])

@@ -140,12 +140,15 @@ class Home:
         write_json(self.folder / "admitted.json", {name: site.model_dump() for name, site in sites.items()})
 
     def started(self) -> dict[str, str]:
-        """Run name → Flower's number of its last start."""
-        return {name: str(number) for name, number in self._table("started.json").items()}
+        """Run name → Flower's number of its last start, in the order of starting."""
+        runs = self._table("started.json").get("runs", [])
+        assert isinstance(runs, list)
+        return {str(run["name"]): str(run["number"]) for run in runs}
 
     def write_started(self, runs: dict[str, str]) -> None:
         """Write `started.json`."""
-        write_json(self.folder / "started.json", runs)
+        entries = [{"name": name, "number": number} for name, number in runs.items()]
+        write_json(self.folder / "started.json", {"runs": entries})
 
     def _table(self, name: str) -> dict[str, object]:
         path = self.folder / name

@@ -8,19 +8,20 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fedsb.deploy.flower import QUIET
+from fedsb.deploy.flower import QUIET, search_path, tool
 from fedsb.deploy.home import Home, LocalSite, Topology
 from fedsb.errors import DeployError
 from fedsb.store.files import write_file
 
 HOST = "127.0.0.1"
-END_SECONDS = 20.0
+END_SECONDS = 30.0  # and more for every site: supervisord ends one after another
+SITE_SECONDS = 30.0
 SOCKET_LENGTH = 100  # bytes: the kernel's limit for the path of a Unix socket is 107
+QUOTED = "\"';#,\n"  # mean something in supervisord's configuration
 POLL = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
 
 
@@ -29,7 +30,7 @@ def write_programs(home: Home, topology: Topology) -> Path:
     folder = home.folder.resolve()
     socket = _control_socket(home)
     parts = [
-        f"[supervisord]\nlogfile={folder}/logs/supervisord.log\npidfile={folder}/supervisord.pid\nchildlogdir={folder}/logs\n",
+        f"[supervisord]\nlogfile={folder}/logs/supervisord.log\npidfile={folder}/supervisord.pid\numask=077\nchildlogdir={folder}/logs\n",
         f"[unix_http_server]\nfile={socket}\nchmod=0600\n",
         "[rpcinterface:supervisor]\nsupervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface\n",
         f"[supervisorctl]\nserverurl=unix://{socket}\n",
@@ -45,6 +46,9 @@ def write_programs(home: Home, topology: Topology) -> Path:
 
 def check_paths(home: Home, names: Sequence[str]) -> None:
     """Raise DeployError if Unix sockets cannot be made in this folder."""
+    odd = next((letter for letter in str(home.folder.resolve()) if letter in QUOTED), None)
+    if odd:
+        raise DeployError(f"{home.folder.resolve()}: supervisord cannot have {odd!r} in a path; choose another --home")
     sockets = [_control_socket(home), *(trainer_socket(home, name) for name in names)]
     if max(len(str(socket)) for socket in sockets) > SOCKET_LENGTH:
         raise DeployError(f"{home.folder}: the path is too long for Unix sockets; choose a shorter --home")
@@ -62,7 +66,7 @@ def _control_socket(home: Home) -> Path:
 def begin(home: Home) -> None:
     """Start supervisord, and with it the SuperLink."""
     path = home.folder / "supervisord.conf"
-    command = [_tool("supervisord"), "-c", str(path)]
+    command = [tool("supervisord"), "-c", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise DeployError(f"{path}: supervisord did not start ({' '.join((done.stderr or done.stdout).split())[:300]})")
@@ -102,7 +106,7 @@ def end(home: Home) -> bool:
     if number is None:
         return False
     os.kill(number, signal.SIGTERM)
-    deadline = time.monotonic() + END_SECONDS
+    deadline = time.monotonic() + END_SECONDS + SITE_SECONDS * len(home.topology().sites)
     while running(home) is not None:
         if time.monotonic() > deadline:
             raise DeployError(f"process {number} does not end; see {home.folder}/logs/supervisord.log")
@@ -128,12 +132,12 @@ def _supernode(home: Home, topology: Topology, site: LocalSite) -> tuple[str, li
     command = ["flower-supernode", "--superlink", f"{HOST}:{topology.port}", "--isolation", "process"]
     command += ["--root-certificates", str(home.tls.ca.resolve()), "--host", HOST, "--port", str(site.port)]
     command += ["--auth-supernode-private-key", str(home.site(site.name).resolve() / "key")]
-    return f"{site.name}-supernode", command, {}
+    return f"site-{site.name}-supernode", command, {}
 
 
 def _site_executor(home: Home, site: LocalSite) -> tuple[str, list[str], dict[str, str]]:
     command = ["flower-superexec", "--runtime-api-address", f"{HOST}:{site.port}", "--insecure"]
-    return f"{site.name}-executor", command, {"FEDSB_TRAINER": str(trainer_socket(home, site.name))}
+    return f"site-{site.name}-executor", command, {"FEDSB_TRAINER": str(trainer_socket(home, site.name))}
 
 
 def _trainer(home: Home, topology: Topology, site: LocalSite) -> tuple[str, list[str], dict[str, str]]:
@@ -141,7 +145,7 @@ def _trainer(home: Home, topology: Topology, site: LocalSite) -> tuple[str, list
     command += ["--index", str(site.index), "--sites", str(len(topology.sites)), "--home", str(home.site(site.name).resolve())]
     command += ["--policy", str(home.site(site.name).resolve() / "policy.toml")]
     share = max(1, (os.cpu_count() or 1) // len(topology.sites))  # threads that wait for each other spin
-    return f"{site.name}-trainer", command, {"OMP_NUM_THREADS": str(share)}
+    return f"site-{site.name}-trainer", command, {"OMP_NUM_THREADS": str(share)}
 
 
 def _program(home: Home, name: str, command: Sequence[str], environment: Mapping[str, str]) -> str:
@@ -149,12 +153,12 @@ def _program(home: Home, name: str, command: Sequence[str], environment: Mapping
     flower = (
         home.flower.resolve()
         if name in ("superlink", "server-executor")
-        else folder / "sites" / name.rsplit("-", 1)[0] / "flower"
+        else folder / "sites" / name.removeprefix("site-").rsplit("-", 1)[0] / "flower"
     )
-    own = QUIET | POLL | {"FLWR_HOME": str(flower), "PATH": os.pathsep.join([_bin(), os.environ["PATH"]])} | dict(environment)
+    own = QUIET | POLL | {"FLWR_HOME": str(flower), "PATH": search_path()} | dict(environment)
     quoted = ",".join(f'{key}="{value}"' for key, value in own.items())
     lines = {
-        "command": shlex.join([_tool(command[0]), *command[1:]]),
+        "command": shlex.join([tool(command[0]), *command[1:]]),
         "directory": str(folder),
         "environment": quoted,
         "autostart": "true" if name == "superlink" else "false",
@@ -171,15 +175,5 @@ def _program(home: Home, name: str, command: Sequence[str], environment: Mapping
 
 
 def _control(home: Home, *arguments: str) -> str:
-    command = [_tool("supervisorctl"), "-c", str(home.folder / "supervisord.conf"), *arguments]
+    command = [tool("supervisorctl"), "-c", str(home.folder / "supervisord.conf"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout
-
-
-def _bin() -> str:
-    return str(Path(sys.executable).parent)
-
-
-def _tool(name: str) -> str:
-    """A program of this Python environment."""
-    path = Path(sys.executable).parent / name
-    return str(path) if path.exists() else name

@@ -65,7 +65,7 @@ class Bars:
             self._progress.update(self._task, advance=1, note=note)
         elif text := sentence(event):
             self._drop()
-            self._progress.console.print(text, highlight=False)
+            self._progress.console.print(text, highlight=False, markup=False)  # a site may have written part of it
 
     def close(self) -> None:
         """Leave the terminal as it was."""

@@ -73,7 +73,7 @@ def round_plan(config: RunConfig, server_round: int) -> Plan:
 
 
 def personal_plan(config: RunConfig) -> Plan:
-    """The steps of personalisation: they go on where the last round ended, and decay on their own."""
+    """The steps of personalisation: they go on where the last round ended, at a steady rate."""
     personal, train = config.personal, config.train
     rate = learning_rate(config) * PERSONAL_SHARE if personal.learning_rate == "auto" else personal.learning_rate
     return Plan(

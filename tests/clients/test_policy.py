@@ -4,12 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.app import RecordDict
 
+from clients.answers import answer
 from clients.app import app as client_app
 from clients.policy import Policy, load_policy, template
 from fedsb.config import RunConfig
 from fedsb.errors import ConfigError, PolicyError
 from server.local_grid import LocalGrid, node_configs
+from strategies.records import CONFIG, TRAIN, Order
 from tests.federation.tiny import config_of, events, federate, personal_states, save_model, save_task, table
 
 
@@ -66,6 +69,25 @@ def test_a_wrong_file(tmp_path: Path, text: str | None, said: str) -> None:
         (tmp_path / "policy.toml").write_text(text)
     with pytest.raises(ConfigError, match=said):
         load_policy(tmp_path / "policy.toml")
+
+
+def test_a_path_does_not_climb_out_of_a_pattern(config: RunConfig) -> None:
+    policy, task = Policy(tasks=("jsonl:/data/*",)), config.data.tasks[0]
+    for source, allowed in (("jsonl:/data/a", True), ("jsonl:/data/a..b", True), ("jsonl:/data/../home/x", False)):
+        data = config.data.model_copy(update={"tasks": (task.model_copy(update={"source": source}),)})
+        changed = config.model_copy(update={"data": data})
+        if allowed:
+            policy.check(changed)
+        else:
+            with pytest.raises(PolicyError):
+                policy.check(changed)
+
+
+def test_a_server_does_not_go_on_beyond_the_rounds_that_were_agreed(config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_text("max_rounds = 3\n")
+    order = Order(config.to_json(), 4, "00" * 32)
+    with pytest.raises(PolicyError, match="round 4 of a run of 3 rounds"):
+        answer(TRAIN, RecordDict({CONFIG: order.record()}), {"policy": str(tmp_path / "policy.toml")})
 
 
 class Sites(LocalGrid):

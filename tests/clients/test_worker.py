@@ -155,6 +155,12 @@ def test_a_trainer_that_is_away_is_named(path: Path) -> None:
         ask(path, TRAIN, RecordDict(), wait_seconds=0.3)
 
 
+def test_a_file_at_the_place_of_the_socket_stays(start: START, path: Path) -> None:
+    path.write_text("precious")
+    assert start().wait(timeout=60) == 2
+    assert path.read_text() == "precious"
+
+
 def test_two_trainers_do_not_share_a_socket(start: START, path: Path) -> None:
     start()
     _health(path)

@@ -57,7 +57,7 @@ def test_a_certificate_is_valid_for_a_slow_clock_and_says_when_it_expires(
     monkeypatch.setattr(certs, "SERVER_DAYS", -1)
     monkeypatch.setattr(certs, "EARLY", datetime.timedelta(days=3))
     certs.renew_server(files)
-    with pytest.raises(KeyFileError, match=r"server.pem: expired on .*; renew it with `fedsb certs --renew`"):
+    with pytest.raises(KeyFileError, match=r"server.pem: expired on .*; delete it and its key"):
         certs.check_valid(files.server)
 
 
