@@ -24,7 +24,9 @@ from strategies.records import (
     EVALUATE,
     EXACT_MATCH,
     EXAMPLES,
+    KEPT,
     LOSS,
+    METRICS,
     PERSONALISE,
     PREPARE,
     SECONDS,
@@ -59,6 +61,7 @@ def answer(kind: str, content: RecordDict, node: Node) -> RecordDict:
     reply = ANSWERS[kind](content, node)
     if kind == PERSONALISE and not policy.personal_adapter_may_leave:
         del reply[ARRAYS]
+        reply.metric_records[METRICS][KEPT] = 1
     return reply
 
 

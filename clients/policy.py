@@ -80,7 +80,7 @@ def load_policy(path: Path) -> Policy:
 
 def _matches(source: str, patterns: tuple[str, ...]) -> bool:
     """A path out of a pattern's folder (`jsonl:/data/../home`) matches nothing."""
-    return ".." not in re.split(r"[:/\\\\]", source) and any(fnmatchcase(source, pattern) for pattern in patterns)
+    return ".." not in re.split(r"[:/\\]", source) and any(fnmatchcase(source, pattern) for pattern in patterns)
 
 
 def _beyond(key: str, value: object, limit: str) -> PolicyError:

@@ -22,7 +22,8 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NaturalInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
-SiteName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+SITE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")  # of a client, a task or a run; safe as a folder
+SiteName = Annotated[str, Field(pattern=rf"^{SITE_NAME.pattern}$")]
 TYPE = re.compile(r"(constrained-)?(int|float|str|bool)|(literal|tuple)\[.*\]")  # in the location of a union's error
 
 

@@ -14,7 +14,7 @@ from fedsb.aggregation.checks import check_equal
 from fedsb.aggregation.error import AggregationError
 from fedsb.basis.frames import Basis
 from fedsb.basis.spectral import seeded
-from fedsb.config import RunConfig
+from fedsb.config import SITE_NAME, RunConfig
 from fedsb.data.tasks import label_names
 from fedsb.deploy.home import Home
 from fedsb.errors import BasisError, FederationError, ReplyError, StoreError
@@ -26,8 +26,9 @@ from fedsb.store.files import read_events
 from fedsb.training.start import build_basis, can_rebuild, needs_weights
 from strategies.fedsb import FedSB
 from strategies.records import (
-    ARRAYS,
+    KEPT,
     LOSS,
+    METRICS,
     PERSONALISE,
     PREPARE,
     SECONDS,
@@ -179,7 +180,7 @@ class Federation:
             try:
                 seconds = metric(reply, SECONDS)
                 loss = {"loss": metric(reply, LOSS)} if self.config.personal.steps else {}
-                personal = strategy.usable(reply) if ARRAYS in reply.content else None
+                personal = None if KEPT in reply.content[METRICS] else strategy.usable(reply)
             except ReplyError as error:
                 strategy.refuse(rounds, client, error)
                 continue
@@ -248,7 +249,7 @@ class Federation:
                 check_equal("round", identity.round, 0)
                 check_equal("layout", identity.layout, self.layout.fingerprint)
                 check_equal("base model", identity.model, self.source.sha256)
-                if not adapters.CLIENT.fullmatch(identity.client):
+                if not SITE_NAME.fullmatch(identity.client):
                     raise ReplyError(f"bears the name {identity.client[:63]!r}, which is none (a-z, 0-9, dot, dash, underscore)")
                 if self.home:
                     check_equal("site", identity.client, admitted.get(node, "none that was admitted"))

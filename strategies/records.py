@@ -20,6 +20,7 @@ PREPARE, TRAIN, PERSONALISE, EVALUATE = "query.prepare", "train", "train.persona
 ARRAYS, CONFIG, METRICS, IDENTITY, BASIS = "arrays", "config", "metrics", "identity", "basis"
 EXAMPLES, LOSS, SECONDS, EXACT_MATCH = "num-examples", "loss", "seconds", "exact-match"
 STATE = "state"
+KEPT = "kept"  # metric of a client whose policy keeps its personal adapter at home
 WHICH = ("base", "global", "personal")  # whose scores there are; a score's metrics are `global-loss`, `global-exact-match`
 RAW_BF16 = "fedsb.bf16"  # little-endian bytes of a contiguous bf16 tensor
 

@@ -251,7 +251,7 @@ def test_a_new_head_is_no_missing_weight(tmp_path: Path) -> None:
     assert model.classifier.weight.shape == (7, 32)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_device_that_is_not_there() -> None:
+def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"runtime\.device = cuda: this machine has none"):
         device_of("cuda")

@@ -4,12 +4,9 @@ import importlib
 import os
 import sys
 
-# Before flwr is imported: no telemetry, no update checks, no installation of packages while a run starts.
-for name, value in (
-    ("FLWR_TELEMETRY_ENABLED", "0"),
-    ("FLWR_DISABLE_UPDATE_CHECK", "1"),
-    ("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "1"),
-):
+from fedsb.deploy.quiet import QUIET
+
+for name, value in QUIET.items():  # before flwr is imported
     os.environ.setdefault(name, value)
 
 import typer  # noqa: E402

@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 from clients.policy import load_policy, template
+from fedsb.config import SITE_NAME
 from fedsb.deploy import processes
 from fedsb.deploy.certs import check_valid, make_authority, make_node_key
 from fedsb.deploy.flower import Flower
 from fedsb.deploy.home import Home, LocalSite, Topology
-from fedsb.deploy.sites import NAME, admit
+from fedsb.deploy.sites import admit
 from fedsb.errors import DeployError
 from fedsb.store.files import write_file, writing
 
@@ -30,7 +31,7 @@ def up(
     """Start a server and sites as local processes on the loopback: the topology of docker-compose.yml without containers."""
     chosen = [name for name in names.split(",") if name] or [f"site-{i}" for i in range(clients)]
     for name in chosen:
-        if not NAME.fullmatch(name):
+        if not SITE_NAME.fullmatch(name):
             raise DeployError(f"--names: {name!r} is no name of a site (a-z, 0-9, dot, dash, underscore); choose another")
     if len(set(chosen)) < len(chosen) or not chosen:
         raise DeployError("--names: a site needs a name of its own, and there must be one site at least")

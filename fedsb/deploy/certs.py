@@ -21,7 +21,6 @@ from fedsb.store.files import read_file, write_file
 
 CA_DAYS, SERVER_DAYS = 3650, 397
 EARLY = datetime.timedelta(days=1)  # certificates begin to be valid a day ago: a site's clock may be slow
-WARN_DAYS = 30
 SECRET_MODE = 0o600
 LOOPBACK = ("localhost", "127.0.0.1")
 
@@ -118,9 +117,7 @@ def check_public_key(path: Path) -> None:
     except (ValueError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise KeyFileError(
-            f"{path}: is no site's public key (ecdsa, OpenSSH format); ask the site for the .pub file of `fedsb site init`"
-        )
+        raise KeyFileError(f"{path}: is no site's public key (ecdsa, OpenSSH format); ask the site for its key.pub")
 
 
 def load_certificate(path: Path) -> x509.Certificate:

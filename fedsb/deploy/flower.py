@@ -10,14 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fedsb.deploy.home import CONNECTION, Home
+from fedsb.deploy.quiet import QUIET
 from fedsb.errors import DeployError
 
 SECONDS = 120  # longest that one command may take
-QUIET = {  # no telemetry, no update checks, no installation of packages while a run starts
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-}
 
 
 @dataclass(frozen=True)
@@ -47,10 +43,6 @@ class Flower:
     def admit(self, key: Path, name: str) -> str:
         """Let a node with this public key in; returns its number."""
         return str(self._ask("supernode", "register", str(key), CONNECTION, "--name", name)["node-id"])
-
-    def revoke(self, number: str) -> None:
-        """Let a node in no more."""
-        self._ask("supernode", "unregister", number, CONNECTION)
 
     def nodes(self) -> dict[str, dict[str, Any]]:
         """Number → node, with `status` (online, offline, registered), `online-at` and `offline-at`."""

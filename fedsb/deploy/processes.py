@@ -12,8 +12,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fedsb.deploy.flower import QUIET, search_path, tool
+from fedsb.deploy.flower import search_path, tool
 from fedsb.deploy.home import Home, LocalSite, Topology
+from fedsb.deploy.quiet import QUIET
 from fedsb.errors import DeployError
 from fedsb.store.files import write_file
 

@@ -1,17 +1,15 @@
 """Who may take part: sites admitted by name, each with its own key."""
 
 import datetime
-import re
 from pathlib import Path
 from typing import Any
 
+from fedsb.config import SITE_NAME
 from fedsb.deploy.certs import check_public_key
 from fedsb.deploy.flower import Flower
 from fedsb.deploy.home import Admitted, Home
 from fedsb.errors import DeployError
 from fedsb.store.files import sha256_of
-
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
 def admit(home: Home, key: Path, name: str) -> Admitted:
@@ -19,14 +17,14 @@ def admit(home: Home, key: Path, name: str) -> Admitted:
 
     Raises DeployError for a name that is none or is taken, or a key that is another site's, and KeyFileError.
     """
-    if not NAME.fullmatch(name):
-        raise DeployError(f"{name!r} is no name of a site (a-z, 0-9, dot, dash, underscore); give one with --name")
+    if not SITE_NAME.fullmatch(name):
+        raise DeployError(f"{name!r} is no name of a site (a-z, 0-9, dot, dash, underscore); choose another")
     check_public_key(key)
     digest, sites = sha256_of(key), home.admitted()
     if name in sites and sites[name].key_sha256 == digest:
         return sites[name]
     if name in sites:
-        raise DeployError(f"{name} is a site already, with another key; choose another --name, or revoke it first")
+        raise DeployError(f"{name} is a site already, with another key; choose another name")
     owner = next((other for other, site in sites.items() if site.key_sha256 == digest), None)
     if owner:
         raise DeployError(f"{key}: is the key of {owner} already; one site, one key")
@@ -34,15 +32,6 @@ def admit(home: Home, key: Path, name: str) -> Admitted:
     admitted = Admitted(node=Flower(home).admit(key, name), key_sha256=digest, since=now)
     home.write_admitted(sites | {name: admitted})
     return admitted
-
-
-def revoke(home: Home, name: str) -> None:
-    """Let a site take part no more. Raises DeployError if there is none of that name."""
-    sites = home.admitted()
-    if name not in sites:
-        raise DeployError(f"{name} is no site of this federation; its sites are {', '.join(sorted(sites)) or 'none yet'}")
-    Flower(home).revoke(sites[name].node)
-    home.write_admitted({other: site for other, site in sites.items() if other != name})
 
 
 def overview(home: Home) -> list[dict[str, Any]]:

@@ -20,12 +20,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
+from fedsb.config import SITE_NAME
 from fedsb.errors import AdapterError, StoreError
 from fedsb.store.files import read_file, read_json, sha256_of, staged_folder, write_file, write_json, writing
 from fedsb.store.tensors import load_tensors, save_tensors
 
 CORE_FILE, MANIFEST_FILE, CURRENT_FILE, LOCK_FILE = "core.safetensors", "manifest.json", "current", ".lock"
-CLIENT = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 VERSION = re.compile(r"v(\d{4,})")
 CORE = ".core"  # `<layer>.core`
 HEAD = re.compile(r"head\.(.+)\.(weight|bias)")  # `head.<module path>.weight`
@@ -148,7 +148,7 @@ def clients(store: Path) -> list[str]:
     """Names of the clients with a current adapter, sorted. Raises StoreError if there is no such store."""
     if not store.is_dir():
         raise StoreError(f"{store}: there is no adapter store; name the adapters/ folder of a run")
-    return sorted(path.parent.name for path in store.glob(f"*/{CURRENT_FILE}") if CLIENT.fullmatch(path.parent.name))
+    return sorted(path.parent.name for path in store.glob(f"*/{CURRENT_FILE}") if SITE_NAME.fullmatch(path.parent.name))
 
 
 def versions(store: Path, client: str) -> list[int]:
@@ -160,7 +160,7 @@ def versions(store: Path, client: str) -> list[int]:
 
 
 def _folder(store: Path, client: str) -> Path:
-    if not CLIENT.fullmatch(client):
+    if not SITE_NAME.fullmatch(client):
         raise StoreError(
             f"{client!r}: is no client name; use 1 to 63 of a-z, 0-9, dot, dash and underscore, beginning with a letter or digit"
         )

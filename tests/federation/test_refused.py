@@ -344,6 +344,19 @@ def test_a_node_bears_only_the_name_that_it_was_admitted_under(llama: str, words
     assert summary["clients"] == 1 and personal_states(out).keys() == {"client-0"}
 
 
+def test_a_personal_adapter_that_is_missing_is_a_fault_and_not_a_policy(llama: str, words: str, out: Path) -> None:
+    config = config_of(table(llama, words, federation={"rounds": 1}))
+
+    def forget(kind: str, client: int, reply: Message) -> list[Message]:
+        if client == 1 and kind == "train.personalise":
+            del reply.content["arrays"]
+        return [reply]
+
+    federate(config, out, grid=_twisted(config, out, forget))
+    assert [(e["client"], e["reason"]) for e in events(out, "refused")] == [("client-1", "sent no arrays")]
+    assert not events(out, "kept")
+
+
 class Comings(LocalGrid):
     """A LocalGrid whose `absent` nodes are not there until `arrive` says so at a question about who is."""
 
