@@ -33,10 +33,15 @@ def test_every_key_is_on_the_page() -> None:
 def test_every_command_and_option_is_on_the_page() -> None:
     text = (DOCS / "commands.md").read_text()
     register()
-    assert {command.name for command in app.registered_commands} == COMMANDS.keys()
-    for command in app.registered_commands:
+    commands = {str(command.name): command for command in app.registered_commands}
+    groups = {str(group.name): group.typer_instance for group in app.registered_groups}
+    assert {*commands, *groups} == COMMANDS.keys()
+    for name, group in groups.items():
+        assert group is not None
+        commands |= {f"{name} {c.name or c.callback.__name__}": c for c in group.registered_commands if c.callback}
+    for typed, command in commands.items():
         assert command.callback is not None
-        part = text.split(f"## `fedsb {command.callback.__name__}`")[1].split("\n## ")[0]
+        part = text.split(f"## `fedsb {typed}`")[1].split("\n## ")[0]
         hints = get_type_hints(command.callback, include_extras=True)
         hints.pop("return")
         assert part.count("\n| `") == len(hints)

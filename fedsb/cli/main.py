@@ -34,16 +34,20 @@ COMMANDS = {
     "status": "run",
     "logs": "run",
     "stop": "run",
+    "site": "site",
+    "certs": "certs",
+    "init": "certs",
     "trainer": "trainer",
 }  # command → its file in fedsb/cli
 
 
 def register(wanted: str | None = None) -> None:
     """Import one command, or all: torch takes seconds, and `fedsb status` needs none of it."""
-    known = {command.name for command in app.registered_commands}
+    known = {each.name for each in app.registered_commands} | {each.name for each in app.registered_groups}
     for name, file in COMMANDS.items():
         if name not in known and (wanted not in COMMANDS or wanted == name):
-            app.command(name)(getattr(importlib.import_module(f"fedsb.cli.{file}"), name))
+            command = getattr(importlib.import_module(f"fedsb.cli.{file}"), name)
+            app.add_typer(command, name=name) if isinstance(command, typer.Typer) else app.command(name)(command)
     app.callback()(lambda: None)  # so that one command alone still goes by its name
 
 

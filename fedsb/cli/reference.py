@@ -3,9 +3,10 @@
 `tests/test_docs.py` holds the pages against what this prints, so they cannot drift.
 """
 
+import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -33,7 +34,8 @@ COMMANDS = """\
 
 Exit codes: 0 all is well; 1 `doctor` found something to mend; 2 a mistake in the input, told in one sentence; 130 stopped
 with Ctrl-C. Environment: `FEDSB_CACHE` (where converted models are kept, by default `~/.cache/fedsb`), `FEDSB_HOME` (what a
-client outside a simulation keeps, by default `~/.fedsb/sites`), `FEDSB_TRAINER` (the socket of a site's trainer).
+client outside a simulation keeps, by default `~/.fedsb/sites`), `FEDSB_TRAINER` (the socket of a site's trainer),
+`FEDSB_FEDERATION` (the folder of a federation, as `--home`).
 
 This page is made by `python -m fedsb.cli.reference commands`.
 """
@@ -61,17 +63,25 @@ def commands_page() -> str:
     group = typer.main.get_command(app)
     assert isinstance(group, click.Group)
     parts = [COMMANDS]
-    for name, command in group.commands.items():
+    for name, command in _all(group):
+        assert command.callback is not None
         usage = " ".join([f"fedsb {name}", *_usage(command.params)])
         parts += [f"## `fedsb {name}`\n", f"{command.help}\n", f"```\n{usage}\n```\n"]
-        told = get_type_hints(_function(name), include_extras=True)  # not command.params: click 8.5 loses what typer 0.20 says
+        told = get_type_hints(
+            inspect.unwrap(command.callback), include_extras=True
+        )  # command.params: click 8.5 loses what typer says
         rows = [(_names(p), _default(p), _cell(told[str(p.name)].__metadata__[0].help or "")) for p in command.params]
         parts.append(_rows(("argument or option", "default", "meaning"), rows))
     return "\n".join(parts)
 
 
-def _function(command: str) -> Callable[..., Any]:
-    return next(c.callback for c in app.registered_commands if c.callback and c.callback.__name__ == command)
+def _all(group: click.Group, before: str = "") -> Iterator[tuple[str, click.Command]]:
+    """Every command with its name as typed, those of groups included."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from _all(command, f"{before}{name} ")
+        else:
+            yield f"{before}{name}", command
 
 
 def _tasks(section: str) -> list[str]:
@@ -158,7 +168,7 @@ def _default(param: click.Parameter) -> str:
     if param.required:
         return "required"
     value = getattr(param.default, "value", param.default)
-    return "" if value in (None, False) or callable(value) else f"`{value}`"
+    return "" if value in (None, False, "") or callable(value) else f"`{value}`"
 
 
 def _cell(text: str) -> str:

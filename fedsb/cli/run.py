@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,7 +39,7 @@ def run(
 ) -> None:
     """Run a federation on its sites, show its progress, and end with the table of `fedsb simulate`."""
     chosen = RunConfig.load(config, set_ or [])
-    place = _running(home)
+    place = running(home)
     if (place.runs / chosen.name).exists():
         raise StoreError(
             f"{place.runs / chosen.name} holds a run already; `fedsb resume {chosen.name}` goes on with it, "
@@ -55,7 +56,7 @@ def resume(
     detach: Annotated[bool, typer.Option("--detach", help="return as soon as it is started")] = False,
 ) -> None:
     """Go on with a run from its last finished round."""
-    place = _running(home)
+    place = running(home)
     name = name or _last(place)
     path = place.runs / name / "config.toml"
     if not path.exists():
@@ -71,7 +72,7 @@ def resume(
 
 def stop(name: Name = "", home: HomeOption = HOME) -> None:
     """Stop a run; its finished rounds stay, and `fedsb resume` goes on with it."""
-    place = _running(home)
+    place = running(home)
     name = name or _last(place)
     Flower(place).stop(_number(place, name))
     print(f"{name}: stopped; `fedsb resume {name}` goes on from its last finished round")
@@ -79,7 +80,7 @@ def stop(name: Name = "", home: HomeOption = HOME) -> None:
 
 def logs(name: Name = "", home: HomeOption = HOME) -> None:
     """Print what the server's side of a run has printed, and its events."""
-    place = _running(home)
+    place = running(home)
     name = name or _last(place)
     print(Flower(place).log(_number(place, name)), end="")
     for event in read_events(place.runs / name / "events.jsonl"):
@@ -91,26 +92,35 @@ def status(
     json_: Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")] = False,
 ) -> None:
     """Show the sites and when they were last seen, and every run: state, round, bytes, replies refused."""
-    place = _running(home)
-    found = {"processes": processes.states(place), "sites": overview(place), "runs": _runs(place)}
+    place = running(home)
+    found: dict[str, Any] = {
+        "processes": {} if place.elsewhere else processes.states(place),
+        "sites": overview(place),
+        "runs": _runs(place),
+    }
     if json_:
         print(json.dumps(found))
         return
     console = Console(width=None if Console().is_terminal else 120)
-    for title in ("sites", "runs"):
-        table = Table(title=title, title_justify="left")
-        rows = found[title]
-        assert isinstance(rows, list)
-        for column in rows[0] if rows else []:
-            table.add_column(column.replace("_", " "))
-        for row in rows:
-            table.add_row(*map(str, row.values()))
-        console.print(table if rows else f"no {title} yet")
+    console.print(table_of("sites", found["sites"]))
+    console.print(table_of("runs", found["runs"]))
 
 
-def _running(home: Path) -> Home:
+def table_of(title: str, rows: Sequence[Mapping[str, Any]]) -> Table | str:
+    """Rows with the same keys as a table for people."""
+    table = Table(title=title, title_justify="left")
+    for column in rows[0] if rows else []:
+        table.add_column(column.replace("_", " "))
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    return table if rows else f"no {title} yet"
+
+
+def running(home: Path) -> Home:
     """The federation in a folder. Raises DeployError if there is none, or if it was started here and is down."""
     place = Home(home)
+    if place.elsewhere:
+        return place
     place.topology()
     if processes.running(place) is None:
         raise DeployError(f"{home}: the federation is down; start it with `fedsb up` and the same names")

@@ -19,7 +19,9 @@ from fedsb.store.files import write_file, writing
 
 HOME = Path("federation")
 START_SECONDS = 60.0
-HomeOption = Annotated[Path, typer.Option("--home", help="folder of the federation")]
+HomeOption = Annotated[
+    Path, typer.Option("--home", envvar="FEDSB_FEDERATION", show_envvar=False, help="folder of the federation")
+]
 
 
 def up(
@@ -36,6 +38,10 @@ def up(
     if len(set(chosen)) < len(chosen) or not chosen:
         raise DeployError("--names: a site needs a name of its own, and there must be one site at least")
     place = Home(home)
+    if place.elsewhere:
+        raise DeployError(
+            f"{home}: is a federation of `fedsb init`, whose processes are started elsewhere; choose another --home"
+        )
     processes.check_paths(place, chosen)
     if processes.running(place):
         raise DeployError(f"{home}: a federation runs here already; `fedsb status` shows it, `fedsb down` ends it")
@@ -46,7 +52,7 @@ def up(
     make_authority(place.tls.folder)
     check_valid(place.tls.server)
     for site in topology.sites:
-        make_node_key(place.site(site.name) / "key")
+        make_node_key(place.site(site.name) / "key", site.name)
         policy = place.site(site.name) / "policy.toml"
         if not policy.exists():
             write_file(policy, template().encode())

@@ -23,11 +23,15 @@ CA_DAYS, SERVER_DAYS = 3650, 397
 EARLY = datetime.timedelta(days=1)  # certificates begin to be valid a day ago: a site's clock may be slow
 SECRET_MODE = 0o600
 LOOPBACK = ("localhost", "127.0.0.1")
+REMEDY = "`fedsb certs --renew` makes a new one for the server; an authority that has expired means a new federation"
 
 
 @dataclass(frozen=True)
 class Authority:
-    """The files of a federation's TLS: the authority's certificate goes to every site, its key stays here."""
+    """The files of a federation's TLS: the authority's certificate goes to every site, its key stays with the operator.
+
+    The key lies in a folder of its own, `authority/` beside `folder`, so that those who serve TLS need not see it.
+    """
 
     folder: Path
 
@@ -39,7 +43,7 @@ class Authority:
     @property
     def ca_key(self) -> Path:
         """The authority's key; needed only to renew the server's certificate."""
-        return self.folder / "ca-key.pem"
+        return self.folder.parent / "authority" / "ca-key.pem"
 
     @property
     def server(self) -> Path:
@@ -55,6 +59,7 @@ class Authority:
 def make_authority(folder: Path, hosts: Sequence[str] = ()) -> Authority:
     """Make an authority and a server certificate for `hosts` (names or addresses) and the loopback, where there are none.
 
+    A server certificate that lacks one of `hosts`, or that does not go with its key (a renewal was interrupted), is made anew.
     Raises DiskError, and KeyFileError if what is there cannot be read.
     """
     files = Authority(folder)
@@ -72,6 +77,8 @@ def make_authority(folder: Path, hosts: Sequence[str] = ()) -> Authority:
         write_file(files.ca, certificate.public_bytes(serialization.Encoding.PEM))
     if not files.server.exists():
         renew_server(files, hosts)
+    elif set(hosts) - set(hosts_of(files)) or not _belong_together(files):
+        renew_server(files, [*hosts_of(files), *hosts])
     return files
 
 
@@ -82,7 +89,7 @@ def renew_server(files: Authority, hosts: Sequence[str] = ()) -> None:
     """
     authority = load_certificate(files.ca)
     signer = _load_key(files.ca_key)
-    wanted = list(dict.fromkeys([*LOOPBACK, *(hosts or (_hosts_of(files.server) if files.server.exists() else ()))]))
+    wanted = list(dict.fromkeys([*LOOPBACK, *(hosts or (hosts_of(files) if files.server.exists() else ()))]))
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, wanted[2] if len(wanted) > 2 else wanted[0])])
     certificate = (
@@ -98,15 +105,23 @@ def renew_server(files: Authority, hosts: Sequence[str] = ()) -> None:
     write_file(files.server, certificate.public_bytes(serialization.Encoding.PEM))
 
 
-def make_node_key(path: Path) -> None:
-    """Make a site's key pair at `path` and `path`.pub, in OpenSSH's format, where there is none."""
+def make_node_key(path: Path, name: str) -> bytes:
+    """Make a site's key pair at `path` and `path`.pub, in OpenSSH's format, where there is none; returns the public one.
+
+    `name`: the site's, which becomes the key's comment. Raises DiskError, and KeyFileError if what is there is no such key.
+    """
     if path.exists():
-        return
-    key = ec.generate_private_key(ec.SECP384R1())
-    secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
-    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    _write_secret(path, secret)
-    write_file(path.with_name(path.name + ".pub"), public + f" {path.parent.name}\n".encode())
+        key = _load_node_key(path)
+    else:
+        key = ec.generate_private_key(ec.SECP384R1())
+        secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
+        _write_secret(path, secret)
+    public = (
+        key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH) + f" {name}\n".encode()
+    )
+    if not path.with_name(path.name + ".pub").exists():
+        write_file(path.with_name(path.name + ".pub"), public)
+    return public
 
 
 def check_public_key(path: Path) -> None:
@@ -118,6 +133,12 @@ def check_public_key(path: Path) -> None:
         key = None
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise KeyFileError(f"{path}: is no site's public key (ecdsa, OpenSSH format); ask the site for its key.pub")
+
+
+def hosts_of(files: Authority) -> list[str]:
+    """The names and addresses that the server's certificate is for."""
+    names = load_certificate(files.server).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return [str(name.value) for name in names]
 
 
 def load_certificate(path: Path) -> x509.Certificate:
@@ -138,7 +159,7 @@ def check_valid(path: Path) -> None:
     """Raise KeyFileError if a certificate has expired."""
     if days_left(path) < 0:
         expiry = load_certificate(path).not_valid_after_utc.date()
-        raise KeyFileError(f"{path}: expired on {expiry}; delete it and its key, then `fedsb up` makes new ones")
+        raise KeyFileError(f"{path}: expired on {expiry}; {REMEDY}")
 
 
 def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int) -> x509.CertificateBuilder:
@@ -175,9 +196,8 @@ def _general_name(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
-def _hosts_of(path: Path) -> list[str]:
-    names = load_certificate(path).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    return [str(name.value) for name in names]
+def _belong_together(files: Authority) -> bool:
+    return files.server_key.exists() and _load_key(files.server_key).public_key() == load_certificate(files.server).public_key()
 
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -190,7 +210,17 @@ def _load_key(path: Path) -> ec.EllipticCurvePrivateKey:
     except (ValueError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise KeyFileError(f"{path}: is no key of a federation's authority; restore it from your backup")
+        raise KeyFileError(f"{path}: is no key as `fedsb certs` makes them; restore it from your backup")
+    return key
+
+
+def _load_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    try:
+        key = serialization.load_ssh_private_key(read_file(path), None)
+    except (ValueError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise KeyFileError(f"{path}: is no site's key; restore it from your backup, or delete it and be admitted with a new one")
     return key
 
 

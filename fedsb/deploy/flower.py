@@ -44,6 +44,10 @@ class Flower:
         """Let a node with this public key in; returns its number."""
         return str(self._ask("supernode", "register", str(key), CONNECTION, "--name", name)["node-id"])
 
+    def expel(self, number: str) -> None:
+        """Let a node in no longer."""
+        self._ask("supernode", "unregister", number, CONNECTION)
+
     def nodes(self) -> dict[str, dict[str, Any]]:
         """Number → node, with `status` (online, offline, registered), `online-at` and `offline-at`."""
         return {str(node["node-id"]): node for node in self._ask("supernode", "list", CONNECTION)["nodes"]}

@@ -102,6 +102,11 @@ class Home:
         """The folder of a local site."""
         return self.folder / "sites" / name
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether its processes are not this folder's to start and end: `fedsb init` made it, and not `fedsb up`."""
+        return (self.flower / "config.toml").exists() and not (self.folder / "topology.json").exists()
+
     def write_connection(self, address: str) -> None:
         """Tell Flower's commands where the server is."""
         server = {"address": address, "root-certificates": str(self.tls.ca.resolve())}

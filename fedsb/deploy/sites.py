@@ -9,7 +9,7 @@ from fedsb.deploy.certs import check_public_key
 from fedsb.deploy.flower import Flower
 from fedsb.deploy.home import Admitted, Home
 from fedsb.errors import DeployError
-from fedsb.store.files import sha256_of
+from fedsb.store.files import read_file, sha256_of, write_file
 
 
 def admit(home: Home, key: Path, name: str) -> Admitted:
@@ -32,6 +32,20 @@ def admit(home: Home, key: Path, name: str) -> Admitted:
     admitted = Admitted(node=Flower(home).admit(key, name), key_sha256=digest, since=now)
     home.write_admitted(sites | {name: admitted})
     return admitted
+
+
+def revoke(home: Home, name: str) -> None:
+    """Let a site take part no longer. Raises DeployError if there is no such site."""
+    sites = home.admitted()
+    if name not in sites:
+        raise DeployError(f"{name} is no site of this federation; they are {', '.join(sites) or 'none yet'}")
+    Flower(home).expel(sites[name].node)
+    home.write_admitted({other: site for other, site in sites.items() if other != name})
+
+
+def publish(key: Path, folder: Path) -> None:
+    """Put a site's public key where its operator finds it. Raises DiskError."""
+    write_file(folder / key.name, read_file(key))
 
 
 def overview(home: Home) -> list[dict[str, Any]]:

@@ -116,7 +116,7 @@ def test_a_run_that_fails_says_why_where_it_was_started(home: Path, toml: Path) 
 
 def test_an_unknown_key_is_not_let_in(home: Path, tmp_path: Path) -> None:
     """A SuperNode with the right certificate and a key of its own: the server refuses it, and it is not among the sites."""
-    make_node_key(tmp_path / "key")
+    make_node_key(tmp_path / "key", "stranger")
     place = Home(home)
     command = [str(Path(sys.executable).parent / "flower-supernode"), "--superlink", f"127.0.0.1:{place.topology().port}"]
     command += ["--root-certificates", str(place.tls.ca), "--auth-supernode-private-key", str(tmp_path / "key")]

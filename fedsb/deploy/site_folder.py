@@ -1,0 +1,89 @@
+"""The folder of a site that joins from another machine: key, policy, compose file, instructions."""
+
+import os
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+
+from fedsb.config import SITE_NAME
+from fedsb.deploy.certs import check_valid, make_node_key
+from fedsb.errors import DeployError
+from fedsb.store.files import read_file, write_file, writing
+
+FOLDERS = ("identity", "policy", "data", "state", "run")
+SECRET_FOLDERS = ("identity", "data", "state")
+IMAGE = f"fedsb:{version('fedsb')}"
+
+
+def make_site(name: str, folder: Path, policy: str, server: str = "", ca: Path | None = None) -> Path:
+    """Write a site's folder; returns its public key's file, which goes to the federation's operator.
+
+    A folder that is this site's already keeps its key and policy; the rest is written anew, so that address and authority
+    can be filled in later by the same command.
+
+    Args:
+        policy: text of the policy file, where there is none yet.
+        server: the server's address as the site reaches it, host:port.
+        ca: the certificate of the federation's authority.
+
+    Raises:
+        DeployError: no name of a site, or a folder with something else in it.
+        KeyFileError: `ca` is no certificate, or has expired.
+        DiskError: the folder cannot be written.
+    """
+    if not SITE_NAME.fullmatch(name):
+        raise DeployError(f"{name!r} is no name of a site (a-z, 0-9, dot, dash, underscore); choose another")
+    if server and not _is_address(server):
+        raise DeployError(f"--server {server}: is no address; write host:port")
+    public = folder / f"{name}.pub"
+    if folder.exists() and not folder.is_dir():
+        raise DeployError(f"{folder} is a file; choose another --out")
+    there = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+    if there - set(FOLDERS) and not public.exists():
+        raise DeployError(f"{folder} holds something else than the site {name}; choose another --out")
+    authority = _authority(ca) if ca else None
+    with writing(folder):
+        for each in FOLDERS:
+            (folder / each).mkdir(parents=True, exist_ok=True)
+        for each in SECRET_FOLDERS:
+            (folder / each).chmod(0o700)
+    key = make_node_key(folder / "identity" / "key", name)
+    if not (folder / "policy" / "policy.toml").exists():
+        write_file(folder / "policy" / "policy.toml", policy.encode())
+    if authority:
+        write_file(folder / "identity" / "ca.pem", authority)
+    server = server or _setting(folder / ".env", "FEDSB_SERVER")
+    settings = {"FEDSB_SITE": name, "FEDSB_SERVER": server, "FEDSB_IMAGE": IMAGE, "FEDSB_DATA": "./data"}
+    settings |= {"FEDSB_UID": str(os.getuid()), "FEDSB_GID": str(os.getgid())}
+    write_file(folder / ".env", "".join(f"{key}={value}\n" for key, value in settings.items()).encode())
+    write_file(folder / "compose.yml", _template("compose.yml").encode())
+    done = " (done)"
+    text = _template("README.md").format(
+        name=name,
+        image=IMAGE,
+        ca_there=done if (folder / "identity" / "ca.pem").exists() else "",
+        server_there=done if server else "",
+    )
+    write_file(folder / "README.md", text.encode())
+    write_file(public, key)
+    return public
+
+
+def _authority(path: Path) -> bytes:
+    check_valid(path)
+    return read_file(path)
+
+
+def _is_address(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    return bool(host) and port.isascii() and port.isdigit() and 0 < int(port) < 2**16
+
+
+def _setting(path: Path, key: str) -> str:
+    """A setting of a .env file; "" if there is none."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.partition("=")[2] for line in lines if line.startswith(f"{key}=")), "")
+
+
+def _template(name: str) -> str:
+    return (files("fedsb.deploy") / "site" / name).read_text()
