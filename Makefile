@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-faults check bench clean
+.PHONY: help setup demo test test-faults test-gateway check bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,9 @@ test: setup ## the test suite
 
 test-faults: setup ## break a running federation, and see it go on
 	$(BIN)/python -m pytest -m faults
+
+test-gateway: setup ## what the gateway lets through; needs caddy (apt-get install caddy)
+	$(BIN)/python -m pytest -m gateway
 
 check: setup ## format, lint and types
 	$(BIN)/ruff format --check .

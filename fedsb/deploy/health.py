@@ -1,5 +1,6 @@
 """Whether a service answers: the health check of containers, `python -m fedsb.deploy.health URL|SOCKET [CA]`; exit 0 or 1."""
 
+import contextlib
 import http.client
 import socket
 import ssl
@@ -13,9 +14,9 @@ SECONDS = 5.0
 def healthy(where: str, ca: Path | None = None) -> bool:
     """Whether GET /health is answered with 200 at a URL, or on a Unix socket (a path)."""
     try:
-        connection = _connection(where, ca)
-        connection.request("GET", "/health")
-        return connection.getresponse().status == http.client.OK
+        with contextlib.closing(_connection(where, ca)) as connection:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == http.client.OK
     except (OSError, http.client.HTTPException):
         return False
 
@@ -30,7 +31,11 @@ def _connection(where: str, ca: Path | None) -> http.client.HTTPConnection:
     connection = http.client.HTTPConnection("localhost", timeout=SECONDS)
     connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.sock.settimeout(SECONDS)
-    connection.sock.connect(where)
+    try:
+        connection.sock.connect(where)
+    except OSError:
+        connection.close()
+        raise
     return connection
 
 
