@@ -1,5 +1,6 @@
 """Waits that end, samples that depend on names and seed alone, and the loop itself."""
 
+import contextlib
 import random
 import time
 from collections.abc import Iterable, Iterator
@@ -86,6 +87,28 @@ def test_a_reply_to_another_message_is_dropped() -> None:
     assert len(list(exchange(_questions(2)))) == 2
 
 
+def test_who_has_not_answered_when_enough_have_is_late_and_not_silent() -> None:
+    exchange, questions = Exchange(_slow(4, never=[3]), 100), _questions(4)
+    with contextlib.closing(exchange(questions)) as replies:
+        heard = [next(replies).metadata.src_node_id, next(replies).metadata.src_node_id]
+    assert heard == [2, 4]
+    assert exchange.late == [3, 5] and exchange.silent == []
+
+
+def test_a_node_that_flower_cannot_ask_is_silent_at_once() -> None:
+    """Flower gives "" for the id of a message that it did not take, such as one for a node that has just gone."""
+
+    class Forgetful(LocalGrid):
+        def push_messages(self, messages: Iterable[Message]) -> list[str]:
+            outgoing = list(messages)
+            ids = iter(super().push_messages([m for m in outgoing if m.metadata.dst_node_id not in (3, 4)]))
+            return ["" if m.metadata.dst_node_id in (3, 4) else next(ids) for m in outgoing]
+
+    exchange = Exchange(Forgetful(app, [{}] * 4), 100)
+    assert [reply.metadata.src_node_id for reply in exchange(_questions(4))] == [2, 5]
+    assert exchange.silent == [3, 4]
+
+
 def test_nobody_to_ask_is_no_wait() -> None:
     assert list(Exchange(_slow(1), 100)([])) == []
 
@@ -152,7 +175,7 @@ def test_no_rounds_left_returns_the_state_as_it_was() -> None:
 def _drawn(roster: dict[int, str], server_round: int = 1, **federation: Any) -> list[str]:
     desk = Desk(max(len(roster), 1), **federation)
     desk.strategy.roster = roster
-    return [roster[node] for node in desk.strategy.sample(server_round)]
+    return [roster[node] for node in desk.strategy.sample(server_round)[0]]
 
 
 @given(st.permutations(range(2, 22)), st.lists(st.integers(2, 2**62), min_size=20, max_size=20, unique=True))
@@ -170,7 +193,7 @@ def test_another_round_or_seed_draws_others() -> None:
     assert len(draws) == 8
     desk = Desk(20, fraction=0.3)
     desk.strategy.config = desk.config.model_copy(update={"seed": 99})
-    assert tuple(sorted(desk.strategy.sample(1))) != tuple(sorted(Desk(20, fraction=0.3).strategy.sample(1)))
+    assert sorted(desk.strategy.sample(1)[0]) != sorted(Desk(20, fraction=0.3).strategy.sample(1)[0])
 
 
 def test_over_many_rounds_everybody_is_drawn_alike() -> None:
@@ -191,6 +214,9 @@ def test_over_many_rounds_everybody_is_drawn_alike() -> None:
         (10, {"fraction": 0.1, "min_clients": 4}, 4),
         (10, {"fraction": 1.0}, 10),
         (3, {"fraction": 0.9999999}, 3),
+        (10, {"fraction": 0.5, "over_sample": 1.3}, 7),
+        (10, {"fraction": 0.1, "over_sample": 1.1, "min_clients": 3}, 4),
+        (10, {"fraction": 0.9, "over_sample": 3.0}, 10),
     ],
 )
 def test_how_many_are_drawn(clients: int, federation: dict[str, Any], drawn: int) -> None:
