@@ -36,6 +36,7 @@ from strategies.records import (
     metric,
     order_message,
     pack_state,
+    reason_of,
     unpack_state,
 )
 
@@ -158,7 +159,7 @@ class FedSB(Strategy):
             client = self.roster.get(reply.metadata.src_node_id, f"node {reply.metadata.src_node_id}")
             try:
                 if reply.has_error():
-                    raise ReplyError(f"failed: {reply.error.reason}")
+                    raise ReplyError(f"failed: {reason_of(reply.error)}")
                 identity = Identity.of(reply)
                 check_equal("client", identity.client, client)
                 check_equal("round", identity.round, server_round)

@@ -5,12 +5,13 @@ fingerprint. bf16 goes over the wire as bf16, which Flower's `Array` does not kn
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedsb.basis.frames import Basis
@@ -22,6 +23,7 @@ EXAMPLES, LOSS, SECONDS, EXACT_MATCH = "num-examples", "loss", "seconds", "exact
 STATE = "state"
 KEPT = "kept"  # metric of a client whose policy keeps its personal adapter at home
 WHICH = ("base", "global", "personal")  # whose scores there are; a score's metrics are `global-loss`, `global-exact-match`
+RAISED = re.compile(r"<class 'fedsb\.errors\.\w+'>:<'(.*)'>", re.DOTALL)  # how Flower reports an error of ours
 RAW_BF16 = "fedsb.bf16"  # little-endian bytes of a contiguous bf16 tensor
 
 
@@ -182,6 +184,12 @@ def metric(message: Message, key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ReplyError(f"sent {value!r} as metric {key}")
     return value
+
+
+def reason_of(error: Error) -> str:
+    """Why a client failed: of an error of ours its sentence, of any other what Flower says."""
+    raised = RAISED.fullmatch(error.reason or "")
+    return raised[1] if raised else str(error.reason)
 
 
 def bytes_of(message: Message) -> int:
