@@ -34,7 +34,7 @@ from fedsb.basis.frames import Basis
 from fedsb.basis.spectral import random_basis
 from fedsb.config import BasisSection, RunConfig, TrainSection
 from fedsb.data.batches import Encoded, collate, encode
-from fedsb.data.sites import client_data
+from fedsb.data.sites import all_parts
 from fedsb.data.tasks import load_task
 from fedsb.models import device_of, load_model, load_tokenizer, locate
 from fedsb.training import start
@@ -172,7 +172,7 @@ class Bench:
         count = self.config.basis.examples if estimate else self.options.batch
         if what.endswith("-config"):
             task = data.tasks[0]
-            examples = load_task(task, "train", 1)[:count] if estimate else client_data(self.config, 0, "train")
+            examples = load_task(task, "train", 1)[:count] if estimate else all_parts(self.config, "train")[0]
             tokenizer = load_tokenizer(self.source)
             return list(encode(examples, tokenizer, data.max_length, data.system_prompt, "causal"))
         generator = torch.Generator().manual_seed(count)

@@ -8,13 +8,14 @@ go on alone. `evaluate`: score base, global or personal core on the own test set
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from flwr.app import ArrayRecord, RecordDict
 
 from clients.policy import load_policy
 from clients.session import Session, Site, open_session
 from fedsb.config import RunConfig
+from fedsb.data.tasks import Split
 from fedsb.errors import FedsbError, PolicyError
 from fedsb.store.tensors import load_tensors, save_tensors
 from fedsb.training.loop import personal_plan, round_plan
@@ -66,10 +67,12 @@ def answer(kind: str, content: RecordDict, node: Node) -> RecordDict:
 
 
 def prepare(content: RecordDict, node: Node) -> RecordDict:
-    """Load the model and get hold of the basis; the reply says which one, and of which layout states are."""
+    """Load model and data and get hold of the basis; the reply says which one, and of which layout states are."""
     order = Order.of(content)
     session = open_session(order.run)
     site = site_of(node, session.config)
+    for split in get_args(Split):
+        session.examples(site, split)  # so that a site without its data says so before it is counted on
     sent = content.get(BASIS)
     basis = session.prepare(site, order.basis, unpack_basis(sent) if isinstance(sent, ArrayRecord) else None)
     return reply_content(Identity(site.name, order.round, basis, session.layout.fingerprint, model=session.model_sha256))
@@ -122,16 +125,19 @@ ANSWERS: dict[str, Callable[[RecordDict, Node], RecordDict]] = {
 def site_of(node: Node, config: RunConfig) -> Site:
     """Who this client is, by its node configuration: `name`, `partition-id`, `num-partitions`, `folder`.
 
-    Raises FedsbError if it is none of the run's clients.
+    A named client that holds data of its own needs no place among the others. Raises FedsbError if it is none of the run's
+    clients, or its name is none.
     """
     index, names = int(node.get("partition-id", 0)), config.client_names
-    if int(node.get("num-partitions", len(names))) != len(names) or index >= len(names):
+    count = int(node.get("num-partitions", len(names)))
+    placed = config.data.partition != "own" or "name" not in node
+    if placed and (count != len(names) or not 0 <= index < count):
         raise FedsbError(
-            f"this node is number {index} of {node.get('num-partitions', len(names))} and the run has "
-            f"federation.clients = {len(names)}; make the numbers equal"
+            f"this node is number {index} of {count} and the run deals its data to federation.clients = {len(names)}; make the "
+            "numbers equal (of a site: --index and --sites of `fedsb trainer`)"
         )
     folder = node.get("folder") or os.environ.get("FEDSB_HOME") or Path.home() / ".fedsb" / "sites"
-    return Site(str(node.get("name", names[index])), index, Path(str(folder)))
+    return Site(str(node["name"] if "name" in node else names[index]), index, Path(str(folder)))
 
 
 def _opened(content: RecordDict, node: Node) -> tuple[Order, Session, Site]:

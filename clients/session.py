@@ -14,28 +14,36 @@ from fedsb.adapters.attach import attach, initial_state, layout_of
 from fedsb.adapters.state import get_state, parameters_of, set_state
 from fedsb.adapters.tuner import set_basis
 from fedsb.basis.frames import Basis
-from fedsb.config import RunConfig
+from fedsb.config import SITE_NAME, RunConfig
 from fedsb.data.batches import Encoded, encode
 from fedsb.data.examples import Example
 from fedsb.data.sites import client_data
-from fedsb.data.tasks import Split, label_names
-from fedsb.errors import BasisError
+from fedsb.data.tasks import Split, labels_of
+from fedsb.errors import BasisError, FedsbError
 from fedsb.models import device_of, load_model, load_tokenizer, locate
 from fedsb.serving.evaluator import Score, evaluate
 from fedsb.store.basis_files import load_basis, save_basis
 from fedsb.training.loop import Plan, train
 from fedsb.training.start import build_basis, can_rebuild
 
-ENCODED_CLIENTS = 64  # whose tokenised data is kept at one time
+KEPT_SPLITS = 64  # of clients' data, as examples and as tokens, that are kept at one time
 
 
 @dataclass(frozen=True)
 class Site:
-    """One client: its name, its place in the partition, and the folder where it keeps what must outlive a process."""
+    """One client: its name, its place in the partition, and the folder where it keeps what must outlive a process.
+
+    Raises FedsbError if the name is none: it stands in paths.
+    """
 
     name: str
     index: int
     folder: Path
+
+    def __post_init__(self) -> None:
+        """Check the name."""
+        if not SITE_NAME.fullmatch(self.name):
+            raise FedsbError(f"{self.name!r} is no name of a site (a-z, 0-9, dot, dash, underscore); choose another")
 
 
 @dataclass(frozen=True)
@@ -58,14 +66,14 @@ class Session:
         self.device = device_of(config.runtime.device)
         source = locate(config.model.source)
         self.model_sha256 = source.sha256
-        labels = len(label_names(config.data.tasks[0])) if config.model.kind == "classification" else None
         self.tokenizer = load_tokenizer(source)
-        self.model = attach(load_model(source, config.model, labels, self.device), config)
+        self.model = attach(load_model(source, config.model, len(labels_of(config)) or None, self.device), config)
         self.transformer = self.model.get_base_model()
         self.parameters = parameters_of(self.model)
         self.layout = layout_of(self.model)
         self.basis = ""
-        self.rows = lru_cache(maxsize=ENCODED_CLIENTS)(self._rows)
+        self.examples = lru_cache(maxsize=KEPT_SPLITS)(self._examples)
+        self.rows = lru_cache(maxsize=KEPT_SPLITS)(self._rows)
 
     def prepare(self, site: Site, wanted: str, sent: Basis | None = None) -> str:
         """Get hold of a basis: the one sent, the one at hand, the one on disk, or one built anew.
@@ -87,7 +95,7 @@ class Session:
     def train(self, site: Site, vector: Tensor, plan: Plan) -> Trained:
         """Train from a state on the client's own examples."""
         started = time.monotonic()
-        rows = self.rows(site.index, "train")[1]
+        rows = self.rows(site, "train")
         set_state(self.model, self.layout.unflatten(vector))
         loss = train(
             self.transformer,
@@ -103,7 +111,7 @@ class Session:
 
     def score(self, site: Site, vector: Tensor) -> Score:
         """Score a state on the client's own test set."""
-        examples, rows = self.rows(site.index, "test")
+        examples, rows = self.examples(site, "test"), self.rows(site, "test")
         set_state(self.model, self.layout.unflatten(vector))
         section = self.config.evaluation
         return evaluate(
@@ -123,12 +131,14 @@ class Session:
 
     def task_of(self, site: Site) -> str:
         """The tasks of a client's test set, for tables."""
-        return "+".join(sorted({example.task for example in client_data(self.config, site.index, "test")}))
+        return "+".join(sorted({example.task for example in self.examples(site, "test")}))
 
-    def _rows(self, index: int, split: Split) -> tuple[Sequence[Example], Sequence[Encoded]]:
-        examples = client_data(self.config, index, split)
+    def _examples(self, site: Site, split: Split) -> Sequence[Example]:
+        return client_data(self.config, site.name, site.index, split)
+
+    def _rows(self, site: Site, split: Split) -> Sequence[Encoded]:
         data = self.config.data
-        return examples, encode(examples, self.tokenizer, data.max_length, data.system_prompt, self.config.model.kind)
+        return encode(self.examples(site, split), self.tokenizer, data.max_length, data.system_prompt, self.config.model.kind)
 
     def use(self, basis: Basis) -> None:
         """Put a basis in place; cores are zero until a state is loaded."""

@@ -7,6 +7,7 @@ lie, it was told by its operator.
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from fedsb.store.files import writing
 from strategies.envelope import from_bytes, to_bytes
 
 Answer = Callable[[str, RecordDict, Mapping[str, Any]], RecordDict]
+log = logging.getLogger(__name__)
 SOCKET_MODE = 0o660  # the executor of the ClientApp runs under the same group
 
 
@@ -41,7 +43,8 @@ def trainer_app(node: Mapping[str, Any], answer: Answer = answer) -> Starlette:
         try:
             reply = await asyncio.get_running_loop().run_in_executor(jobs, _job, kind, body)
         except FedsbError as error:
-            return JSONResponse({"error": str(error)}, REFUSED)
+            log.warning("%s was refused: %s (in the working folder %s)", kind, error, Path.cwd())
+            return JSONResponse({"error": getattr(error, "outside", str(error))}, REFUSED)
         finally:
             waiting.remove(kind)
         return Response(reply, media_type="application/octet-stream")

@@ -24,6 +24,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 SITE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")  # of a client, a task or a run; safe as a folder
 SiteName = Annotated[str, Field(pattern=rf"^{SITE_NAME.pattern}$")]
+CLIENT = "{client}"  # in the folder of a `jsonl:` source: the name of the client that reads it
 TYPE = re.compile(r"(constrained-)?(int|float|str|bool)|(literal|tuple)\[.*\]")  # in the location of a union's error
 
 
@@ -56,8 +57,9 @@ class TaskSection(Section):
 
     name: SiteName = Field(description="the name of the task in tables")
     source: str = Field(
-        description="`gym:NAME` (a reasoning-gym data set), `jsonl:FOLDER` (with train.jsonl and test.jsonl), "
-        "or `hub:ID` (a Hugging Face data set with the splits train and test)"
+        description="`gym:NAME` (a reasoning-gym data set), `jsonl:FOLDER` (with train.jsonl and test.jsonl; `{client}` in it "
+        'stands for the client\'s name, only with `data.partition = "own"`), or `hub:ID` (a Hugging Face data set with the '
+        "splits train and test)"
     )
     options: dict[str, int | float | str | bool] = Field(
         default_factory=dict, description="options of the reasoning-gym data set, or the `name` of a hub data set"
@@ -67,14 +69,20 @@ class TaskSection(Section):
 
 
 class DataSection(Section):
-    """`[data]`: the tasks, and how their examples are dealt out to the clients."""
+    """`[data]`: the tasks, and which of their examples each client holds."""
 
     tasks: tuple[TaskSection, ...] = Field(strict=False, min_length=1, description="the tasks, as `[[data.tasks]]`")
-    partition: Literal["task", "iid", "dirichlet", "size"] = Field(
+    partition: Literal["task", "iid", "dirichlet", "size", "own"] = Field(
         "iid",
         description="`task`: client i holds task i modulo the number of tasks; `iid`: shuffled and dealt out evenly; "
         "`dirichlet`: shares of each label (or task) drawn from Dirichlet(alpha); `size`: iid with sizes from "
-        "Dirichlet(alpha)",
+        "Dirichlet(alpha); `own`: nothing is dealt out, each client holds all that its own sources have",
+    )
+    labels: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (),
+        strict=False,
+        description="the labels of a classifier, in the order of its outputs; by default those of the task's train split, "
+        'sorted (required with `partition = "own"`, where the server reads no data)',
     )
     alpha: PositiveFloat = Field(0.5, description="concentration of the Dirichlet distribution; small is more skewed")
     max_length: PositiveInt = Field(256, description="tokens of an example; what is longer loses the beginning of its text")
@@ -134,7 +142,7 @@ class TrainSection(Section):
 class FederationSection(Section):
     """`[federation]`: who takes part, how often, and how long the server waits."""
 
-    clients: PositiveInt = Field(4, description="clients of a simulation")
+    clients: PositiveInt = Field(4, description="clients of a simulation, and sites that common data is dealt to")
     names: tuple[SiteName, ...] = Field(
         (), strict=False, description="names of the simulated clients; by default client-0, client-1, …"
     )
@@ -217,7 +225,7 @@ class RunConfig(Section):
             )
         if len(set(self.federation.names)) < len(self.federation.names):
             raise ValueError("federation.names has a name twice; give each client its own")
-        if self.federation.min_clients > self.federation.clients:
+        if self.federation.min_clients > self.federation.clients and self.data.partition != "own":
             raise ValueError("federation.min_clients is larger than federation.clients; lower it")
         if self.federation.over_sample > 1 and self.federation.fraction == 1:
             raise ValueError("federation.over_sample has nobody more to ask where fraction = 1; lower federation.fraction")
@@ -229,6 +237,22 @@ class RunConfig(Section):
             raise ValueError('data.partition = "task" needs at least as many clients as tasks; raise federation.clients')
         if self.model.kind == "classification" and len(self.data.tasks) > 1:
             raise ValueError("classification takes one task, whose labels the head has; keep one of data.tasks")
+        return self
+
+    @model_validator(mode="after")
+    def _consistent_with_own_data(self) -> "RunConfig":
+        own, labels, classifies = self.data.partition == "own", self.data.labels, self.model.kind == "classification"
+        if own and classifies and not labels:
+            raise ValueError('data.partition = "own" with model.kind = "classification" needs data.labels; list the labels there')
+        if labels and not classifies:
+            raise ValueError('data.labels are those of a classifier; drop them or set model.kind = "classification"')
+        if len(set(labels)) < len(labels):
+            raise ValueError("data.labels has a label twice; list each once")
+        named = [task.source for task in self.data.tasks if CLIENT in task.source]
+        if self.basis.public is not None and CLIENT in self.basis.public.source:
+            raise ValueError(f"basis.public.source has {CLIENT}, but the server alone reads it; name one folder")
+        if named and not (own and all(source.startswith("jsonl:") for source in named)):
+            raise ValueError(f'{CLIENT} in {named[0]} needs a jsonl: source and data.partition = "own"; set them or leave it out')
         return self
 
     @property

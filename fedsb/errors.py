@@ -14,7 +14,15 @@ class ModelError(FedsbError):
 
 
 class DataError(FedsbError):
-    """Task data that cannot be read, or a partition that leaves a client with nothing."""
+    """Task data that cannot be read, or a partition that leaves a client with nothing.
+
+    Attributes:
+        outside: the sentence as it may leave the site that holds the data, without what it quotes from a row.
+    """
+
+    def __init__(self, message: str, quoted: str = "") -> None:
+        super().__init__(message)
+        self.outside = message.replace(quoted, "…") if quoted else message
 
 
 class BasisError(FedsbError):

@@ -15,7 +15,7 @@ from fedsb.aggregation.error import AggregationError
 from fedsb.basis.frames import Basis
 from fedsb.basis.spectral import seeded
 from fedsb.config import SITE_NAME, RunConfig
-from fedsb.data.tasks import label_names
+from fedsb.data.tasks import labels_of
 from fedsb.deploy.home import Home
 from fedsb.errors import BasisError, FederationError, ReplyError, StoreError
 from fedsb.models import device_of, load_model, load_tokenizer, locate, outline_model
@@ -42,6 +42,7 @@ from strategies.records import (
     order_message,
     pack_basis,
     pack_state,
+    reason_of,
     size_of,
     unpack_state,
 )
@@ -54,7 +55,7 @@ class Federation:
     def __init__(self, config: RunConfig, grid: Grid, folder: Path, journal: Journal, home: Path | None = None) -> None:
         self.config, self.grid, self.folder, self.journal, self.home = config, grid, folder, journal, home
         self.source = locate(config.model.source)
-        self.labels = len(label_names(config.data.tasks[0])) if config.model.kind == "classification" else None
+        self.labels = len(labels_of(config)) or None
         self.layout: Layout = layout_of(self._model(with_weights=False))
         self.roster: dict[int, str] = {}
         self.asked: set[int] = set()
@@ -65,7 +66,7 @@ class Federation:
         journal.tell(
             "start",
             run=config.name,
-            clients=config.federation.clients,
+            clients=None if home and config.data.partition == "own" else config.federation.clients,
             model=config.model.source,
             method=config.adapter.method,
             rank=config.adapter.rank,
@@ -252,7 +253,7 @@ class Federation:
             node = reply.metadata.src_node_id
             try:
                 if reply.has_error():
-                    raise ReplyError(f"failed: {reply.error.reason}")
+                    raise ReplyError(f"failed: {reason_of(reply.error)}")
                 check_size(size_of(reply), largest_reply(0, "fp32"))
                 identity = Identity.of(reply)
                 check_equal("round", identity.round, 0)
@@ -267,7 +268,7 @@ class Federation:
                 if any(name == identity.client for other, name in self.roster.items() if other in online):
                     raise ReplyError(f"bears the name {identity.client}, which another client has")
             except ReplyError as error:
-                self.journal.tell("refused", round=0, client=f"node {node}", reason=str(error))
+                self.journal.tell("refused", round=0, client=admitted.get(node, f"node {node}"), reason=str(error))
                 continue
             if identity.basis != basis.fingerprint:
                 behind[node] = identity.client

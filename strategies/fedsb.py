@@ -39,6 +39,7 @@ from strategies.records import (
     metric,
     order_message,
     pack_state,
+    reason_of,
     size_of,
     unpack_state,
 )
@@ -196,7 +197,7 @@ class FedSB(Strategy):
             client = self.roster.get(reply.metadata.src_node_id, f"node {reply.metadata.src_node_id}")
             try:
                 if reply.has_error():  # also a refusal by the site's policy: no strike, since nothing false was said
-                    self.tell("refused", round=server_round, client=client, reason=f"failed: {reply.error.reason}")
+                    self.tell("refused", round=server_round, client=client, reason=f"failed: {reason_of(reply.error)}")
                     continue
                 check_size(size_of(reply), most)
                 identity = Identity.of(reply)

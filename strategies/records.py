@@ -4,12 +4,13 @@ A state travels as one flat array, since Flower handles each array as an object 
 fingerprint. bf16 goes over the wire as bf16, which Flower's `Array` does not know, so it gets a code of its own.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedsb.basis.frames import Basis
@@ -25,6 +26,7 @@ WHICH = ("base", "global", "personal")  # whose scores there are; a score's metr
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ALLOWANCE = 1 << 16  # bytes of a reply beside its state: identity, metrics, keys, encodings
 LARGEST_METRIC = 1e9  # no loss, time or share of an honest client comes near it
+RAISED = re.compile(r"<class 'fedsb\.errors\.\w+'>:<'(.*)'>", re.DOTALL)  # how Flower reports an error of ours
 RAW_BF16 = "fedsb.bf16"  # little-endian bytes of a contiguous bf16 tensor
 
 
@@ -188,6 +190,12 @@ def metric(message: Message, key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST_METRIC:
         raise ReplyError(f"sent {value!r} as metric {key}")
     return value
+
+
+def reason_of(error: Error) -> str:
+    """Why a client failed: of an error of ours its sentence, of any other what Flower says."""
+    raised = RAISED.fullmatch(error.reason or "")
+    return raised[1] if raised else str(error.reason)
 
 
 def bytes_of(message: Message) -> int:

@@ -55,8 +55,9 @@ def _refused(folder: Path, *overrides: str, text: str = SMALL) -> str:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_configuration_parses_and_begins_with_its_command(path: Path) -> None:
-    assert path.read_text().splitlines()[0] == f"# fedsb simulate {path.relative_to(ROOT)}"
     config = RunConfig.load(path)
+    command = "run" if config.data.partition == "own" else "simulate"
+    assert path.read_text().splitlines()[0] == f"# fedsb {command} {path.relative_to(ROOT)}"
     assert config.name == path.stem
 
 
@@ -144,6 +145,12 @@ def test_a_wrong_type_is_named(tmp_path: Path, override: str, said: str | None) 
         (['data.tasks=[{name="x", source="y"}, {name="x", source="z"}]'], "two tasks of one name"),
         (["data.partition=task", "federation.clients=1", 'data.tasks=[{name="x", source="y"}, {name="w", source="z"}]'], "at least as many clients"),  # noqa: E501
         (["model.kind=classification", 'data.tasks=[{name="x", source="y"}, {name="w", source="z"}]'], "classification takes one task"),  # noqa: E501
+        (["data.partition=own", "model.kind=classification"], "needs data.labels; list the labels there"),
+        (['data.labels=["a", "b"]'], "data.labels are those of a classifier"),
+        (["model.kind=classification", 'data.labels=["a", "b", "a"]'], "data.labels has a label twice"),
+        (['data.tasks=[{name="x", source="jsonl:data/{client}"}]'], '{client} in jsonl:data/{client} needs a jsonl: source and data.partition = "own"'),  # noqa: E501
+        (["data.partition=own", 'data.tasks=[{name="x", source="hub:{client}/x"}]'], "{client} in hub:{client}/x needs a jsonl: source"),  # noqa: E501
+        (["data.partition=own", "basis.source=public", 'basis.public={name="x", source="jsonl:{client}"}'], "basis.public.source has {client}, but the server alone reads it"),  # noqa: E501
     ],
 )  # fmt: skip
 def test_values_that_contradict_each_other(tmp_path: Path, overrides: list[str], said: str) -> None:
@@ -163,6 +170,15 @@ def test_values_that_contradict_each_other(tmp_path: Path, overrides: list[str],
 )
 def test_a_bad_override(tmp_path: Path, override: str, said: str) -> None:
     assert _refused(tmp_path, override).startswith(said)
+
+
+def test_own_data_takes_a_name_in_its_folder_and_any_number_of_clients(tmp_path: Path) -> None:
+    own = ["data.partition=own", 'data.tasks=[{name="x", source="jsonl:data/{client}"}]']
+    config = _small(tmp_path, *own, "federation.min_clients=9", "model.kind=classification", 'data.labels=["b", "a"]')
+    assert config.data.tasks[0].source == "jsonl:data/{client}" and config.federation.clients < config.federation.min_clients
+    assert config.data.labels == ("b", "a")
+    assert "data.labels.1 = 3 will not do" in _refused(tmp_path, 'data.labels=["b", 3]')
+    assert "data.labels.0 = '' will not do" in _refused(tmp_path, 'data.labels=[""]')
 
 
 def test_overrides_are_toml_or_plain_words(tmp_path: Path) -> None:

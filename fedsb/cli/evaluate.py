@@ -28,11 +28,16 @@ def evaluate(
 
 
 def evaluate_run(run: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """base | global | personal → client → {loss, exact_match, n, task}. Raises StoreError if the run has no checkpoint."""
+    """base | global | personal → client → {loss, exact_match, n, task}.
+
+    Raises StoreError if the run has no checkpoint, or its clients hold their data at other places.
+    """
     config = load_run(run)
     last = checkpoint.latest(run, config.digest())
     if last is None:
         raise StoreError(f"{run} has no finished round yet; `fedsb simulate … --resume` goes on with it")
+    if config.data.partition == "own" and not (run / "sites").exists():
+        raise StoreError(f"{run}: its sites hold their data themselves; the scores that they gave are in its summary.json")
     session = Session(config)
     checkpoint.check_model(last, session.model_sha256, config.model.source)
     basis = load_basis(run, last.basis_fingerprint)

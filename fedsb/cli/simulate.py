@@ -10,6 +10,7 @@ from flwr.app import Context, RecordDict, UserConfig
 
 from clients.app import app as client_app
 from fedsb.config import RunConfig
+from fedsb.errors import ConfigError
 from fedsb.report.table import show_summary
 from server.app import app as server_app
 from server.local_grid import LocalGrid, node_configs, settle
@@ -26,6 +27,8 @@ def simulate(
     """Run a whole federation on this machine: train, aggregate, personalise, score."""
     settle()
     run = RunConfig.load(config, set_ or [])
+    if run.federation.min_clients > run.federation.clients:  # of real sites with own data there may be more
+        raise ConfigError(f"{config}: federation.min_clients is larger than federation.clients; lower it")
     folder = out or Path("runs") / run.name
     grid = LocalGrid(client_app, node_configs(run.client_names, str(folder / "sites")))
     values: UserConfig = {"config": run.to_json(), "out": str(folder), "resume": resume}

@@ -74,9 +74,7 @@ def encode(
     for number, example in enumerate(examples):
         if (example.label is None) != (kind == "causal"):
             has = "no label" if example.label is None else "a label"
-            raise DataError(
-                f'{_name(example, number)} has {has}, which does not go with model.kind = "{kind}"; change one of them'
-            )
+            raise _wrong(example, number, f' has {has}, which does not go with model.kind = "{kind}"; change one of them')
     if not examples:
         return []
     if kind == "classification":
@@ -128,16 +126,16 @@ def evaluation_order(rows: Sequence[Encoded]) -> list[int]:
     return sorted(range(len(rows)), key=lambda i: -len(rows[i]))
 
 
-def _name(example: Example, number: int) -> str:
-    start = " ".join(example.prompt.split())[:40]
-    return f'task {example.task}, example {number} ("{start}…")'
+def _wrong(example: Example, number: int, what: str) -> DataError:
+    start = f"{' '.join(example.prompt.split())[:40]}…"
+    return DataError(f'task {example.task}, example {number} ("{start}"){what}', quoted=start)
 
 
 def _encode_texts(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> list[Encoded]:
     ids = tokenizer([e.prompt for e in examples], truncation=True, max_length=max_length)["input_ids"]
     for number, (example, tokens) in enumerate(zip(examples, ids, strict=True)):
         if not tokens:
-            raise DataError(f"{_name(example, number)} has no token that the tokenizer knows; drop it")
+            raise _wrong(example, number, " has no token that the tokenizer knows; drop it")
     return [Encoded(tokens, [], example.label) for example, tokens in zip(examples, ids, strict=True)]
 
 
@@ -150,22 +148,19 @@ def _encode_completions(
     prompts = _prompt_ids([e.prompt for e in examples], tokenizer, system_prompt)
     completions = tokenizer([e.completion for e in examples], add_special_tokens=False, verbose=False)["input_ids"]
     opening = _opening(tokenizer, system_prompt)
-    return [
-        _fitted(prompt, [*completion, end], max_length, opening, _name(example, number))
-        for number, (example, prompt, completion) in enumerate(zip(examples, prompts, completions, strict=True))
-    ]
-
-
-def _fitted(prompt: list[int], completion: list[int], max_length: int, opening: int, name: str) -> Encoded:
-    room = max_length - len(completion)
-    if len(prompt) <= room:
-        return Encoded(prompt, completion)
-    if room <= opening:
-        raise DataError(
-            f"{name}: {len(completion)} tokens of completion and {opening + 1} of prompt do not fit into {max_length}; "
-            "raise data.max_length or drop it"
-        )
-    return Encoded(prompt[:opening] + prompt[opening - room :], completion)
+    rows = []
+    for number, (example, prompt, completion) in enumerate(zip(examples, prompts, completions, strict=True)):
+        room = max_length - len(completion) - 1
+        if len(prompt) > room and room <= opening:
+            raise _wrong(
+                example,
+                number,
+                f": {len(completion) + 1} tokens of completion and {opening + 1} of prompt do not fit into {max_length}; "
+                "raise data.max_length or drop it",
+            )
+        fitted = prompt if len(prompt) <= room else prompt[:opening] + prompt[opening - room :]
+        rows.append(Encoded(fitted, [*completion, end]))
+    return rows
 
 
 def _opening(tokenizer: "PreTrainedTokenizerBase", system_prompt: str | None) -> int:

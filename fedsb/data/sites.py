@@ -1,11 +1,11 @@
-"""What each client of a simulation holds: the tasks of a configuration, loaded and dealt out."""
+"""What each client holds: the tasks of a configuration, loaded and dealt out, or with `partition = "own"` its own sources."""
 
 import functools
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fedsb.config import DataSection, RunConfig
+from fedsb.config import CLIENT, DataSection, RunConfig
 from fedsb.data.examples import Example
 from fedsb.data.partition import partition, partition_like
 from fedsb.data.tasks import Split, load_task
@@ -28,28 +28,36 @@ class _Dealt(NamedTuple):
 
 
 def all_parts(config: RunConfig, split: Split) -> list[list[Example]]:
-    """The examples of every client, in the order of `config.client_names`.
+    """The examples of every simulated client, in the order of `config.client_names`.
 
-    Test sets follow train sets: under `task` each task's test examples are dealt evenly to its clients, under all other
-    partitions in proportion to the labels (or tasks) that a client trains on (`partition_like`).
-    The last few results are kept, so files are taken not to change while a process runs.
+    Under `own` each holds all that its sources have, read anew. Otherwise test sets follow train sets: under `task` each
+    task's test examples are dealt evenly to its clients, under all other partitions in proportion to the labels (or tasks)
+    that a client trains on (`partition_like`); and the last few results are kept, so files are taken not to change while a
+    process runs.
 
     Raises DataError when a source cannot be read or there are too few examples for the clients.
     """
-    dealt = _train(_key(config)) if split == "train" else _test(_key(config))
-    return [list(part) for part in dealt.examples]
+    return [client_data(config, name, index, split) for index, name in enumerate(config.client_names)]
 
 
-def client_data(config: RunConfig, index: int, split: Split) -> list[Example]:
-    """The examples of client number `index` (0 ≤ index < federation.clients).
+def client_data(config: RunConfig, name: str, index: int, split: Split) -> list[Example]:
+    """The examples of one client. Under `own` its name decides, and under all other partitions its number
+    (0 ≤ index < federation.clients).
 
     Raises DataError as `all_parts` does, and for a number that no client has.
     """
+    if config.data.partition == "own":
+        return _own(config, name, split)
     clients = config.federation.clients
     if not 0 <= index < clients:
         raise DataError(f"there is no client number {index} among {clients}; count from 0 or raise federation.clients")
     dealt = _train(_key(config)) if split == "train" else _test(_key(config))
     return list(dealt.examples[index])
+
+
+def _own(config: RunConfig, name: str, split: Split) -> list[Example]:
+    tasks = [task.model_copy(update={"source": task.source.replace(CLIENT, name)}) for task in config.data.tasks]
+    return [example for task in tasks for example in load_task(task, split, config.seed, config.data.labels)]
 
 
 def _key(config: RunConfig) -> _Key:
@@ -59,6 +67,7 @@ def _key(config: RunConfig) -> _Key:
 @functools.lru_cache(maxsize=4)
 def _train(key: _Key) -> _Dealt:
     data = DataSection.model_validate_json(key.data)
+    assert data.partition != "own"
     examples, groups = _load(data, "train", key.seed)
     return _dealt(examples, groups, partition(data.partition, groups, key.clients, data.alpha, key.seed))
 
@@ -79,7 +88,9 @@ def _dealt(examples: Sequence[Example], groups: list[int], parts: list[list[int]
 
 def _load(data: DataSection, split: Split, seed: int) -> tuple[list[Example], list[int]]:
     """All examples and their groups: the label where there is one to skew by, the number of the task otherwise."""
-    loaded = [(number, example) for number, task in enumerate(data.tasks) for example in load_task(task, split, seed)]
+    loaded = [
+        (number, example) for number, task in enumerate(data.tasks) for example in load_task(task, split, seed, data.labels)
+    ]
     by_task = data.partition == "task"
     groups = [number if by_task or example.label is None else example.label for number, example in loaded]
     return [example for _, example in loaded], groups

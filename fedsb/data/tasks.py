@@ -1,11 +1,11 @@
 """The examples of a task, from wherever its source says."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from fedsb.config import TaskSection
+from fedsb.config import RunConfig, TaskSection
 from fedsb.data.examples import Example
 from fedsb.data.gym import gym_examples
 from fedsb.data.hub import read_hub
@@ -16,28 +16,42 @@ from fedsb.errors import DataError
 
 Split = Literal["train", "test"]
 
+UNLISTED = "is none of the run's labels; mend the row or list it in data.labels"
+UNTRAINED = "does not occur in train; mend the row or add such examples"
 SOURCES = "a source is gym:NAME, jsonl:FOLDER or hub:ID"
 
 
-def load_task(task: TaskSection, split: Split, seed: int) -> list[Example]:
+def load_task(task: TaskSection, split: Split, seed: int, labels: Sequence[str] = ()) -> list[Example]:
     """Load one split of a task, at most `task.train` or `task.test` examples of it.
 
-    A cap takes a sample drawn from the seed, in the order of the source. Label ids are indices into
-    `label_names(task)`, so they are the same for every client, split and cap. Rows that stand in both files stay in
-    both; the splits of `gym:` share no question.
+    A cap takes a sample drawn from the seed, in the order of the source. Label ids are indices into `labels`, or where
+    there are none into `label_names(task)`, so they are the same for every client, split and cap. Rows that stand in
+    both files stay in both; the splits of `gym:` share no question.
 
-    Raises DataError when the source cannot be read, a row is bad, or a test label does not occur in train.
+    Raises DataError when the source cannot be read, a row is bad, or its label is none of `labels` (does not occur in
+    train).
     """
     if task.source.startswith("gym:"):
         return gym_examples(task, split, seed)
     rows = _rows(task, split)
-    names = {} if rows[0].label is None else {name: i for i, name in enumerate(label_names(task))}
-    examples = [_example(task, row, names) for row in rows]
+    names = {} if rows[0].label is None else {name: i for i, name in enumerate(labels or label_names(task))}
+    unknown = UNLISTED if labels else UNTRAINED
+    examples = [_example(task, row, names, unknown) for row in rows]
     limit = task.train if split == "train" else task.test
     if limit is None or limit >= len(examples):
         return examples
     chosen = generator(seed, "sample", task.name, split).choice(len(examples), size=limit, replace=False)
     return [examples[i] for i in sorted(chosen.tolist())]
+
+
+def labels_of(config: RunConfig) -> Sequence[str]:
+    """What the outputs of a run's classifier stand for, in order: `data.labels`, or else `label_names` of its task.
+
+    Empty for a causal model. Raises DataError as `label_names` does, which alone reads data.
+    """
+    if config.model.kind != "classification":
+        return ()
+    return config.data.labels or label_names(config.data.tasks[0])
 
 
 def label_names(task: TaskSection) -> tuple[str, ...]:
@@ -76,9 +90,9 @@ def _configuration(task: TaskSection) -> str | None:
     return str(task.options["name"]) if "name" in task.options else None
 
 
-def _example(task: TaskSection, row: Row, names: dict[str, int]) -> Example:
+def _example(task: TaskSection, row: Row, names: dict[str, int], unknown: str) -> Example:
     if row.label is None:
         return Example(task.name, row.prompt, row.completion, row.answer)
     if row.label not in names:
-        raise DataError(f"{row.place}: label {row.label!r} does not occur in train; mend the row or add such examples")
+        raise DataError(f"{row.place}: label {row.label!r} {unknown}", quoted=repr(row.label))
     return Example(task.name, row.prompt, "", "", names[row.label])

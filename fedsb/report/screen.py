@@ -81,8 +81,9 @@ def sentence(event: dict[str, Any]) -> str:
     """One event as a line for people; "" for those that only a bar shows."""
     match event["event"]:
         case "start":
+            clients = "the clients that join" if event["clients"] is None else f"{event['clients']} clients"
             return (
-                f"{event['run']}: {event['clients']} clients, {event['model']}, "
+                f"{event['run']}: {clients}, {event['model']}, "
                 f"{event['method']} rank {event['rank']}, {event['trainable']:,} trained parameters"
             )
         case "resumed":

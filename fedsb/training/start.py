@@ -13,7 +13,7 @@ from fedsb.basis.gradient import gradient_basis
 from fedsb.basis.spectral import random_basis, weights_basis
 from fedsb.config import RunConfig
 from fedsb.data.batches import Batch, collate, encode
-from fedsb.data.tasks import load_task
+from fedsb.data.tasks import labels_of, load_task
 from fedsb.errors import BasisError
 from fedsb.training.loss import causal_loss, classification_loss
 
@@ -70,7 +70,8 @@ def _public_batches(config: RunConfig, tokenizer: Any, device: torch.device) -> 
     task, kind = config.basis.public, config.model.kind
     assert task is not None  # RunConfig checks it
     wanted = min(config.basis.examples, task.train or config.basis.examples)
-    examples = load_task(task.model_copy(update={"train": wanted}), "train", config.seed)  # drawn, since files are often sorted
+    sample = task.model_copy(update={"train": wanted})  # drawn, since files are often sorted
+    examples = load_task(sample, "train", config.seed, labels_of(config))
     if not examples:
         raise BasisError("[basis.public] has no examples; give it some")
     rows = encode(examples, tokenizer, config.data.max_length, config.data.system_prompt, kind)

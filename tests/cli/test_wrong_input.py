@@ -106,6 +106,24 @@ def test_an_unreadable_row_is_named_by_file_and_line(
     assert not out.exists()
 
 
+def test_a_client_without_its_own_folder(toml: Path, tmp_path: Path, out: Path, capsys: Capture) -> None:
+    task = f'data.tasks=[{{name = "words", source = "jsonl:{tmp_path}/{{client}}"}}]'
+    command = ["simulate", str(toml), "--out", str(out), "--set", "data.partition=own", "--set", task]
+    for name in ("client-0", "client-1"):
+        save_task(tmp_path / name)
+    sentence = complaint(capsys, *command)
+    assert sentence == f"{tmp_path}/client-2: there is no such folder; a jsonl: task is a folder with train.jsonl and test.jsonl"
+    assert not out.exists()
+    save_task(tmp_path / "client-2")
+    (tmp_path / "client-2" / "test.jsonl").unlink()
+    assert complaint(capsys, *command).startswith(f"{tmp_path}/client-2/test.jsonl: is missing")
+    assert not out.exists()
+    sentence = complaint(capsys, *command, "--set", "federation.min_clients=4")  # which real sites could be
+    assert sentence == f"{toml}: federation.min_clients is larger than federation.clients; lower it"
+    save_task(tmp_path / "client-2")
+    assert call(*command) == 0 and call("evaluate", str(out)) == 0
+
+
 def test_a_mended_mistake_needs_nothing_but_the_same_command(toml: Path, tmp_path: Path, out: Path, capsys: Capture) -> None:
     folder = tmp_path / "task"
     source = save_task(folder)

@@ -83,6 +83,21 @@ def test_a_path_does_not_climb_out_of_a_pattern(config: RunConfig) -> None:
                 policy.check(changed)
 
 
+def test_the_folder_of_own_data_is_matched_as_it_is_written(config: RunConfig) -> None:
+    task = config.data.tasks[0]
+
+    def check(source: str, *patterns: str) -> None:
+        tasks = (task.model_copy(update={"source": source}),)
+        data = config.data.model_copy(update={"tasks": tasks, "partition": "own"})
+        Policy(tasks=patterns).check(config.model_copy(update={"data": data}))
+
+    check("jsonl:/data/{client}", "jsonl:/data/*")
+    check("jsonl:/data/{client}", "gym:*", "jsonl:/data/{client}")
+    for source in ("jsonl:/data/../{client}", "jsonl:/data/{client}/..", "jsonl:/home/{client}", "jsonl:{client}"):
+        with pytest.raises(PolicyError, match="the site's policy does not allow data.tasks = "):
+            check(source, "jsonl:/data/*")
+
+
 def test_a_server_does_not_go_on_beyond_the_rounds_that_were_agreed(config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "policy.toml").write_text("max_rounds = 3\n")
     order = Order(config.to_json(), 4, "00" * 32)

@@ -25,7 +25,8 @@ from strategies.records import ARRAYS, PREPARE, TRAIN, Identity, Order, order_me
 from tests.federation.tiny import config_of, save_model, save_task, table
 
 ROOT = Path(__file__).parents[2]
-START = Callable[[], subprocess.Popen[bytes]]
+START = Callable[..., subprocess.Popen[bytes]]
+PLACE = ("--name", "client-1", "--index", "1", "--sites", "3")
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +44,11 @@ def path(tmp_path: Path) -> Path:
 def start(path: Path, tmp_path: Path) -> Iterator[START]:
     running: list[subprocess.Popen[bytes]] = []
 
-    def begin() -> subprocess.Popen[bytes]:
-        options = ["--socket", str(path), "--name", "client-1", "--index", "1", "--sites", "3", "--home", str(tmp_path / "home")]
-        running.append(subprocess.Popen([sys.executable, "-m", "fedsb.cli.main", "trainer", *options], cwd=ROOT))
+    def begin(*who: str) -> subprocess.Popen[bytes]:
+        options = ["--socket", str(path), "--home", str(tmp_path / "home"), *(who or PLACE)]
+        with (tmp_path / "log").open("ab") as log:
+            command = [sys.executable, "-m", "fedsb.cli.main", "trainer", *options]
+            running.append(subprocess.Popen(command, cwd=ROOT, stderr=log))
         return running[-1]
 
     yield begin
@@ -148,6 +151,32 @@ def test_what_it_cannot_answer_it_says_in_one_sentence(
     with pytest.raises(TrainerError, match=said):
         ask(path, kind, records)
     assert _health(path) == {"site": "client-1", "jobs": []}
+
+
+def test_a_site_with_own_data_needs_no_place_and_says_what_it_lacks(start: START, path: Path, run: str, tmp_path: Path) -> None:
+    """The server is told the folder as the configuration words it, and no row; the site's log says all."""
+    content, folder = json.loads(run), tmp_path / "data" / "delta"
+    content["data"] |= {"partition": "own", "tasks": [{"name": "words", "source": f"jsonl:{tmp_path}/data/{{client}}"}]}
+    own = json.dumps(content)
+    start("--name", "delta")
+    with pytest.raises(TrainerError, match=f"^{folder}: there is no such folder; a jsonl: task is a folder with train.jsonl"):
+        ask(path, PREPARE, question(own, PREPARE, "?").content)
+    said = (tmp_path / "log").read_text()
+    assert f"query.prepare was refused: {folder}: there is no such folder" in said and f"working folder {ROOT}" in said
+    save_task(folder)
+    basis = str(ask(path, PREPARE, question(own, PREPARE, "?").content)["identity"]["basis"])
+    (folder / "train.jsonl").write_text('{"text": "red", "label": "low"}\n')
+    (folder / "test.jsonl").write_text('{"text": "a private text", "label": "and a private label"}\n')
+    content["name"] = "another"
+    with pytest.raises(TrainerError) as caught:
+        ask(path, PREPARE, question(json.dumps(content), PREPARE, basis).content)
+    assert f"{folder}/test.jsonl:1: label …" in str(caught.value) and "private" not in str(caught.value)
+    assert "and a private label" in (tmp_path / "log").read_text()
+
+
+def test_a_name_that_is_none_is_refused_when_the_trainer_starts(start: START, tmp_path: Path) -> None:
+    assert start("--name", "../delta").wait(timeout=60) == 2
+    assert "fedsb: '../delta' is no name of a site" in (tmp_path / "log").read_text()
 
 
 def test_a_trainer_that_is_away_is_named(path: Path) -> None:

@@ -119,8 +119,9 @@ def test_completion_that_does_not_fit_is_named() -> None:
     with pytest.raises(
         DataError,
         match=r'task sums, example 1 \("what is it…"\): 10 tokens of completion and 2 of prompt .* raise data\.max_length',
-    ):
+    ) as caught:
         encode(examples, byte_tokenizer(), 11, None, "causal")
+    assert caught.value.outside.startswith('task sums, example 1 ("…"): 10 tokens')  # without what a site's data says
     assert len(encode(examples, byte_tokenizer(), 12, None, "causal")[1].prompt) == 2
 
 

@@ -34,7 +34,7 @@ def test_everything_is_dealt_once_and_client_data_is_one_part(tmp_path: Path) ->
         parts = all_parts(config, split)
         assert len({example.prompt for part in parts for example in part}) == total == sum(map(len, parts))
         assert all(f" {split} " in example.prompt for part in parts for example in part)
-        assert [client_data(config, i, split) for i in range(4)] == parts
+        assert [client_data(config, "any", i, split) for i in range(4)] == parts
 
 
 def test_task_partition_keeps_tasks_apart_in_both_splits(tmp_path: Path) -> None:
@@ -67,15 +67,15 @@ def test_sources_are_read_once_for_many_clients(tmp_path: Path, monkeypatch: pyt
     loads: list[str] = []
     real = sites.load_task
 
-    def counted(task: Any, split: Any, seed: int) -> list[Example]:
+    def counted(task: Any, split: Any, *more: Any) -> list[Example]:
         loads.append(split)
-        return real(task, split, seed)
+        return real(task, split, *more)
 
     monkeypatch.setattr(sites, "load_task", counted)
     config = run(folder(tmp_path / "a", 40), clients=10)
     for index in range(10):
-        client_data(config, index, "train")
-        client_data(config, index, "test")
+        client_data(config, "any", index, "train")
+        client_data(config, "any", index, "test")
     assert sorted(loads) == ["test", "train"]
 
 
@@ -104,4 +104,45 @@ def test_train_needs_no_test_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("index", [-1, 4])
 def test_number_that_no_client_has(tmp_path: Path, index: int) -> None:
     with pytest.raises(DataError, match=f"no client number {index} among 4"):
-        client_data(run(folder(tmp_path / "a", 8)), index, "train")
+        client_data(run(folder(tmp_path / "a", 8)), "any", index, "train")
+
+
+def test_own_data_is_all_of_the_folder_that_bears_the_clients_name(tmp_path: Path) -> None:
+    for name, rows in (("alpha", 6), ("beta", 10)):
+        folder(tmp_path / "notes" / name, rows)
+    config = run(f"jsonl:{tmp_path}/notes/{{client}}", folder(tmp_path / "more", 4), partition="own")
+    for split, own, more in (("train", 6, 4), ("test", 3, 2)):
+        texts = [f"alpha {split} {i}" for i in range(own)] + [f"more {split} {i}" for i in range(more)]
+        found = client_data(config, "alpha", 7, split)  # whatever its number
+        assert [example.prompt for example in found] == texts
+    assert [len(client_data(config, name, 0, "train")) for name in ("alpha", "beta")] == [10, 14]
+    with pytest.raises(DataError, match=r"notes/gamma: there is no such folder; a jsonl: task is a folder with train.jsonl"):
+        client_data(config, "gamma", 0, "train")
+
+
+def test_own_data_of_all_simulated_clients_and_a_cap(tmp_path: Path) -> None:
+    for name, rows in (("client-0", 6), ("client-1", 10)):
+        folder(tmp_path / name, rows)
+    config = run(f"jsonl:{tmp_path}/{{client}}", clients=2, partition="own")
+    assert [len(part) for part in all_parts(config, "train")] == [6, 10]
+    assert [part[0].prompt for part in all_parts(config, "test")] == ["client-0 test 0", "client-1 test 0"]
+    (tmp_path / "client-1" / "train.jsonl").write_text('{"prompt": "new", "completion": "c"}\n')
+    assert [len(part) for part in all_parts(config, "train")] == [6, 1]  # a site's data grows while its trainer runs
+    capped = config.data.tasks[0].model_copy(update={"train": 3})
+    config = config.model_copy(update={"data": config.data.model_copy(update={"tasks": (capped,)})})
+    assert [len(part) for part in all_parts(config, "train")] == [3, 1]
+
+
+@pytest.mark.parametrize("partition", ["own", "iid"])
+def test_labels_of_the_configuration_number_everybodys_examples(tmp_path: Path, partition: str) -> None:
+    for name in ("client-0", "client-1"):
+        folder(tmp_path / name, 8, labels=2 if name == "client-0" else 3)
+    source = f"jsonl:{tmp_path}/{'{client}' if partition == 'own' else 'client-1'}"
+    tasks = {"tasks": [{"name": "t", "source": source}], "partition": partition, "labels": ["9", "2", "1", "0"]}
+    table = {"name": "x", "model": {"kind": "classification"}, "data": tasks, "federation": {"clients": 2}}
+    config = RunConfig.model_validate(table)
+    parts = all_parts(config, "train")
+    texts = {example.prompt: example.label for part in parts for example in part}
+    assert [texts[f"client-1 train {i}"] for i in range(3)] == [3, 2, 1]
+    if partition == "own":
+        assert [example.label for example in parts[0]][:3] == [3, 2, 3]

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from fedsb.config import TaskSection
+from fedsb.config import RunConfig, TaskSection
 from fedsb.data.examples import Example
-from fedsb.data.tasks import label_names, load_task
+from fedsb.data.tasks import label_names, labels_of, load_task
 from fedsb.errors import DataError
 
 
@@ -120,6 +120,29 @@ def test_test_label_that_train_does_not_have(tmp_path: Path) -> None:
     task = jsonl_task(tmp_path, labelled("a", "b"), labelled("a", "z"))
     with pytest.raises(DataError, match=r"test\.jsonl:2: label 'z' does not occur in train"):
         load_task(task, "test", 0)
+
+
+def test_labels_that_are_given_need_no_train_file(tmp_path: Path) -> None:
+    task = jsonl_task(tmp_path, [], labelled("c", "a"))
+    (tmp_path / "train.jsonl").unlink()
+    assert [e.label for e in load_task(task, "test", 0, ("c", "b", "a"))] == [0, 2]
+    with pytest.raises(
+        DataError, match=r"test\.jsonl:1: label 'c' is none of the run's labels; mend the row or list it"
+    ) as caught:
+        load_task(task, "test", 0, ("a", "b"))
+    assert str(tmp_path) in caught.value.outside and "'c'" not in caught.value.outside
+
+
+def test_labels_of_a_run(tmp_path: Path) -> None:
+    task = jsonl_task(tmp_path, labelled("b", "a"))
+    table: dict[str, Any] = {"name": "x", "model": {"kind": "classification"}, "data": {"tasks": [task.model_dump()]}}
+    assert labels_of(RunConfig.model_validate(table)) == ("a", "b")
+    (tmp_path / "train.jsonl").unlink()
+    with pytest.raises(DataError, match=r"train\.jsonl: is missing"):
+        labels_of(RunConfig.model_validate(table))
+    table["data"]["labels"] = ["z", "b", "a"]
+    assert labels_of(RunConfig.model_validate(table)) == ("z", "b", "a")
+    assert not labels_of(RunConfig.model_validate(table | {"model": {}, "data": {"tasks": [task.model_dump()]}}))
 
 
 @pytest.mark.parametrize("source", ["gym:chain_sum", "jsonl:{}"])

@@ -13,7 +13,7 @@ from fedsb.adapters.state import get_state, parameters_of, set_state
 from fedsb.adapters.tuner import set_basis
 from fedsb.config import RunConfig
 from fedsb.data.batches import encode
-from fedsb.data.sites import client_data
+from fedsb.data.sites import all_parts
 from fedsb.data.tasks import label_names
 from fedsb.models import load_model, load_tokenizer, locate
 from fedsb.store.files import read_json
@@ -43,8 +43,7 @@ def direct(config: RunConfig) -> tuple[list[State], dict[str, State]]:
     basis = build_basis(config, model, tokenizer, CPU)
     set_basis(model, basis)
     data = [
-        encode(client_data(config, i, "train"), tokenizer, config.data.max_length, config.data.system_prompt, kind)
-        for i in range(config.federation.clients)
+        encode(part, tokenizer, config.data.max_length, config.data.system_prompt, kind) for part in all_parts(config, "train")
     ]
 
     def local(state: State, client: int, plan: Plan) -> State:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +19,7 @@ from strategies.records import (
     metric,
     order_message,
     pack_state,
+    reason_of,
     reply_content,
     to_array,
     unpack_state,
@@ -31,6 +32,14 @@ SPECIAL = [0.0, -0.0, 1e-45, -1e-40, 3.4028235e38, float("inf"), float("-inf"), 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def test_an_error_of_ours_is_its_sentence_and_any_other_keeps_its_kind() -> None:
+    """As flwr.supernode.runtime.run_clientapp words them."""
+    for error in (ReplyError("a 'b'\nc"), KeyError("x"), ReplyError("")):
+        said = f"{type(error)!s}:<'{error}'>"
+        assert reason_of(Error(2, said)) == (str(error) if isinstance(error, ReplyError) else said)
+    assert reason_of(Error(8, "ClientApp stopped responding")) == "ClientApp stopped responding"
 
 
 @given(st.lists(st.floats(width=32), min_size=1, max_size=20))

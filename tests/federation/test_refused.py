@@ -342,8 +342,8 @@ def test_a_node_bears_only_the_name_that_it_was_admitted_under(llama: str, words
 
     summary = federate(config, out, grid=twisted(config, out, rename), home=home.folder)
     refused = {event["client"]: event["reason"] for event in events(out, "refused")}
-    assert refused.keys() == {"node 3", "node 4"}
-    assert "answered for site client-2 where client-1" in refused["node 3"]
+    assert refused.keys() == {"client-1", "node 4"}
+    assert "answered for site client-2 where client-1" in refused["client-1"]
     assert "answered for site client-2 where none that was" in refused["node 4"]
     assert summary["clients"] == 1 and personal_states(out).keys() == {"client-0"}
 

@@ -12,6 +12,7 @@ EVENTS: list[dict[str, Any]] = [
     {"event": "basis", "source": "public", "fingerprint": "ab" * 32, "bytes": 12_300_000, "sent": True, "seconds": 3.21},
     {"event": "stage", "title": "preparing clients", "clients": 2},
     {"event": "prepared", "client": "a"},
+    {"event": "start", "run": "own", "clients": None, "model": "smol", "method": "lora-sb", "rank": 4, "trainable": 16},
     {"event": "refused", "round": 0, "client": "node 7", "reason": "failed: out of memory"},
     {"event": "resumed", "round": 1},
     {"event": "stage", "title": "round 2/5", "clients": 2},
@@ -40,6 +41,7 @@ EVENTS: list[dict[str, Any]] = [
 LINES = [
     "quick: 4 clients, smol, lora-sb rank 64, 860,160 trained parameters",
     "basis public abababababab: 12.3 MB to every client (3.2 s)",
+    "own: the clients that join, smol, lora-sb rank 4, 16 trained parameters",
     "round 0: node 7 was left out: it failed: out of memory",
     "resumed after round 1",
     "round 2: b did not answer in time",

@@ -107,7 +107,8 @@ def test_the_sign_step_is_another_basis(tmp_path: Path) -> None:
 def test_the_public_basis_of_a_classifier_is_that_of_the_head_it_starts_from(tmp_path: Path) -> None:
     """A new head comes from transformers with chance numbers; the estimate must not depend on them."""
     public = task(tmp_path, *({"text": f"text {i}", "label": i % 3} for i in range(4)))
-    config = run_config(model={"kind": "classification"}, basis={"source": "public", "public": public})
+    basis = {"source": "public", "public": public}
+    config = run_config(model={"kind": "classification"}, data={"tasks": [public]}, basis=basis)
     bases = []
     for seed in (1, 2):
         model = _model(config, vocab_size=260)
