@@ -35,6 +35,7 @@ COMMANDS = {
     "logs": "run",
     "stop": "run",
     "trainer": "trainer",
+    "metrics": "metrics",
 }  # command → its file in fedsb/cli
 
 
