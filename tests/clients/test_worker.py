@@ -1,5 +1,6 @@
 """The resident trainer, a process behind its socket: the answers of this process, one job at a time, back after a crash."""
 
+import asyncio
 import json
 import os
 import signal
@@ -12,12 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from prometheus_client import CollectorRegistry, generate_latest
-from starlette.testclient import TestClient
+from starlette.applications import Starlette
 
 from clients import answers, app, relay
 from clients.ask import SOCKET, UnixConnection, ask
@@ -221,27 +223,25 @@ def test_jobs_that_wait_and_fail_are_counted_for_each_trainer_alone(path: Path) 
             raise PolicyError("is not allowed here")
         raise RuntimeError("a defect")
 
-    body, other = to_bytes(RecordDict()), TestClient(trainer_app({"name": "other"}))
-    client = TestClient(trainer_app({"name": "mine"}, answer))
-    asking = [threading.Thread(target=client.post, args=[f"/answer/{TRAIN}"], kwargs={"content": body}) for _ in range(3)]
-    for thread in asking:
-        thread.start()
-    assert at_work.wait(60)
-    deadline = time.monotonic() + 60
-    while _figures(client.get("/metrics").text)["fedsb_trainer_jobs_waiting"] < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    assert _figures(client.get("/metrics").text)["fedsb_trainer_jobs_running"] == 1
-    released.set()
-    for thread in asking:
-        thread.join(60)
-    assert client.post(f"/answer/{PREPARE}", content=body).status_code == 422
-    with pytest.raises(RuntimeError, match="a defect"):
-        client.post("/answer/evaluate", content=body)
-    told = _figures(client.get("/metrics").text)
-    found = [told[_jobs(*each)] for each in ((TRAIN, "answered"), (PREPARE, "refused"), ("evaluate", "failed"))]
-    assert found == [3, 1, 1] and told["fedsb_trainer_jobs_waiting"] == told["fedsb_trainer_jobs_running"] == 0
-    assert _figures(other.get("/metrics").text)[_jobs(TRAIN, "answered")] == 0
+    async def met() -> None:
+        mine, other = _client(trainer_app({"name": "mine"}, answer)), _client(trainer_app({"name": "other"}))
+        body = to_bytes(RecordDict())
+        asked = [asyncio.create_task(mine.post(f"/answer/{TRAIN}", content=body)) for _ in range(3)]
+        async with asyncio.timeout(60):
+            while not at_work.is_set() or _figures((await mine.get("/metrics")).text)["fedsb_trainer_jobs_waiting"] < 2:
+                await asyncio.sleep(0.01)
+        assert _figures((await mine.get("/metrics")).text)["fedsb_trainer_jobs_running"] == 1
+        released.set()
+        assert [reply.status_code for reply in await asyncio.gather(*asked)] == [200] * 3
+        assert (await mine.post(f"/answer/{PREPARE}", content=body)).status_code == 422
+        with pytest.raises(RuntimeError, match="a defect"):
+            await mine.post("/answer/evaluate", content=body)
+        told, others = _figures((await mine.get("/metrics")).text), _figures((await other.get("/metrics")).text)
+        found = [told[_jobs(*each)] for each in ((TRAIN, "answered"), (PREPARE, "refused"), ("evaluate", "failed"))]
+        assert found == [3, 1, 1] and told["fedsb_trainer_jobs_waiting"] == told["fedsb_trainer_jobs_running"] == 0
+        assert others[_jobs(TRAIN, "answered")] == 0
+
+    asyncio.run(met())
 
 
 @pytest.mark.parametrize(
@@ -259,6 +259,10 @@ def test_who_does_not_tell_its_figures_is_away(path: Path, answer: bytes, monkey
         assert _told(TrainerRelay(path, said.append)) == {"fedsb_trainer_up": 0}
         serving.join(60)
     assert len(said) == 1 and said[0].startswith(f"the trainer at {path} does not tell its figures (")
+
+
+def _client(served: Starlette) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(served), base_url="http://trainer")
 
 
 def _answer_once(listener: socket.socket, answer: bytes) -> None:
