@@ -38,7 +38,6 @@ def metrics(
 
 
 def _serve(collector: Collector, host: str, port: int) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the first process of a container is not ended by it otherwise
     registry = CollectorRegistry()
     registry.register(collector)
     try:
@@ -47,6 +46,7 @@ def _serve(collector: Collector, host: str, port: int) -> None:
         raise DeployError(
             f"cannot listen on {host}, port {port} ({error.strerror or error}); choose another --host or --port"
         ) from None
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the first process of a container is not ended by it otherwise
     print(f"figures for Prometheus: http://{host}:{server.server_port}/metrics", flush=True)
     thread.join()
 

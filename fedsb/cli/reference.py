@@ -15,6 +15,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from fedsb.cli.main import COMMANDS as KNOWN
 from fedsb.cli.main import app, register
 from fedsb.config import RunConfig, TaskSection
 
@@ -61,7 +62,8 @@ def commands_page() -> str:
     group = typer.main.get_command(app)
     assert isinstance(group, click.Group)
     parts = [COMMANDS]
-    for name, command in group.commands.items():
+    for name in KNOWN:  # in the order of that table, whatever was registered first
+        command = group.commands[name]
         usage = " ".join([f"fedsb {name}", *_usage(command.params)])
         parts += [f"## `fedsb {name}`\n", f"{command.help}\n", f"```\n{usage}\n```\n"]
         told = get_type_hints(_function(name), include_extras=True)  # not command.params: click 8.5 loses what typer 0.20 says

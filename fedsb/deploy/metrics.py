@@ -11,7 +11,7 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from fedsb.deploy.certs import days_left
+from fedsb.deploy.certs import load_certificate
 from fedsb.deploy.home import Admitted, Home
 from fedsb.deploy.watch import FINISHED, Asked, Seen, Watch
 from fedsb.errors import FedsbError
@@ -54,7 +54,7 @@ FAMILIES: dict[str, tuple[Kind, str, tuple[str, ...]]] = {
     ),
     "fedsb_silent_clients_total": (COUNTER, "Times that a client did not answer in time.", ("run",)),
     "fedsb_checkpoint_age_seconds": (GAUGE, "Time since the last checkpoint was written.", ("run",)),
-    "fedsb_certificate_days_left": (GAUGE, "Whole days until the certificate expires.", ("certificate",)),
+    "fedsb_certificate_expiry_timestamp_seconds": (GAUGE, "When the certificate expires, since the epoch.", ("certificate",)),
     "fedsb_unreadable_files": (GAUGE, "Files of the federation that could not be read, or not wholly.", ()),
 }
 
@@ -101,7 +101,11 @@ class FederationCollector(Collector):
         for name, path in (("authority", self.home.tls.ca), ("server", self.home.tls.server)):
             with self._reading(path):
                 if path.exists():
-                    yield "fedsb_certificate_days_left", [name], days_left(path)
+                    yield (
+                        "fedsb_certificate_expiry_timestamp_seconds",
+                        [name],
+                        load_certificate(path).not_valid_after_utc.timestamp(),
+                    )
 
     def _of_sites(self, seen: Seen | None) -> Iterator[Sample]:
         sites: dict[str, Admitted] = {}

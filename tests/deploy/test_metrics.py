@@ -18,7 +18,7 @@ from clients.answers import ANSWERS
 from clients.figures import Figures
 from clients.relay import UP
 from fedsb.deploy import metrics, watch
-from fedsb.deploy.certs import days_left, make_authority
+from fedsb.deploy.certs import load_certificate, make_authority
 from fedsb.deploy.home import Admitted, Home
 from fedsb.deploy.metrics import FAMILIES, FederationCollector
 from fedsb.errors import DeployError
@@ -211,7 +211,7 @@ def test_the_server_is_asked_seldom(home: Home, server: Server, said: list[str])
         ("runs/mine/checkpoints/round-0002/round.json", '{"progress"', "fedsb_bytes_total"),
         ("runs/mine/checkpoints/round-0002/round.json", '{"progress": {}}', "fedsb_bytes_total"),
         ("runs/mine/summary.json", '{"bytes": {"up": "many"}}', "fedsb_bytes_total"),
-        ("tls/server.pem", "no certificate", "fedsb_certificate_days_left"),
+        ("tls/server.pem", "no certificate", "fedsb_certificate_expiry_timestamp_seconds"),
     ],
 )
 def test_a_damaged_file_is_counted_named_once_and_left_out(
@@ -240,13 +240,15 @@ def test_of_a_journal_only_the_damaged_line_is_lost(collector: FederationCollect
 
 
 def test_certificates(collector: FederationCollector, home: Home) -> None:
-    assert "fedsb_certificate_days_left" not in {name for name, *_ in scrape(collector)}
+    assert "fedsb_certificate_expiry_timestamp_seconds" not in {name for name, *_ in scrape(collector)}
     make_authority(home.tls.folder)
     found = scrape(collector)
-    assert found["fedsb_certificate_days_left", "server"] == days_left(home.tls.server) == 396
-    assert found["fedsb_certificate_days_left", "authority"] > 3600
+    for name, path, days in (("server", home.tls.server, 397), ("authority", home.tls.ca, 3650)):
+        expiry = found["fedsb_certificate_expiry_timestamp_seconds", name]
+        assert expiry == load_certificate(path).not_valid_after_utc.timestamp()
+        assert abs(expiry - time.time() - days * 86400) < 60
     home.tls.ca.unlink()  # in a container there may be only the server's
-    assert ("fedsb_certificate_days_left", "authority") not in scrape(collector)
+    assert ("fedsb_certificate_expiry_timestamp_seconds", "authority") not in scrape(collector)
 
 
 def test_however_many_runs_and_clients_there_are_the_series_stay_few(collector: FederationCollector, home: Home) -> None:
@@ -303,6 +305,11 @@ def test_the_alerts_are_about_figures_that_there_are() -> None:
     rules = [rule for group in yaml.safe_load((GRAFANA / "alerts.yml").read_text())["groups"] for rule in group["rules"]]
     named = _named(rule["expr"] for rule in rules)
     assert named <= _exposed()
-    wanted = {"fedsb_superlink_up", "fedsb_checkpoint_age_seconds", "fedsb_refused_replies_total", "fedsb_certificate_days_left"}
+    wanted = {
+        "fedsb_superlink_up",
+        "fedsb_checkpoint_age_seconds",
+        "fedsb_refused_replies_total",
+        "fedsb_certificate_expiry_timestamp_seconds",
+    }
     assert wanted <= named
     assert all(rule["annotations"].keys() == {"summary", "description"} for rule in rules)
