@@ -143,10 +143,11 @@ def test_a_run_that_ended_counts_what_its_summary_counts(collector: FederationCo
 def test_a_round_more_is_seen(collector: FederationCollector, home: Home) -> None:
     scrape(collector)
     Journal(home.runs / "mine" / "events.jsonl", Silent()).tell("round", round=3, loss=None, seconds=1.5, **ROUND)
-    path = home.runs / "mine" / "checkpoints" / "round-10000" / "round.json"
-    write_json(path, {"progress": {"bytes": {"up": 90, "down": 91, "basis": 6}}})
+    for number in (9999, 10000):  # the later one has the lower name
+        path = home.runs / "mine" / "checkpoints" / f"round-{number}" / "round.json"
+        write_json(path, {"progress": {"bytes": {"up": number, "down": 91, "basis": 6}}})
     found = scrape(collector)
-    assert found["fedsb_run_round", "mine"] == 3 and found["fedsb_bytes_total", "up", "mine"] == 90
+    assert found["fedsb_run_round", "mine"] == 3 and found["fedsb_bytes_total", "up", "mine"] == 10000
     assert found["fedsb_checkpoint_age_seconds", "mine"] < 30 and str(found["fedsb_round_loss", "mine"]) == "nan"
 
 
