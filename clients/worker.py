@@ -21,8 +21,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from clients.answers import answer
+from clients.answers import ANSWERS, answer
 from clients.ask import REFUSED
+from clients.figures import CONTENT_TYPE, Figures
 from fedsb.errors import FedsbError, TrainerError
 from fedsb.store.files import writing
 from strategies.envelope import from_bytes, to_bytes
@@ -36,10 +37,12 @@ def trainer_app(node: Mapping[str, Any], answer: Answer = answer) -> Starlette:
     """The trainer as a web application. `node`: who the site is, as a SuperNode's --node-config."""
     jobs = ThreadPoolExecutor(max_workers=1, thread_name_prefix="job")  # one thread, so torch's settings hold for all jobs
     waiting: list[str] = []
+    figures = Figures(ANSWERS)
 
     async def put(request: Request) -> Response:
         kind, body = request.path_params["kind"], await request.body()
         waiting.append(kind)
+        figures.asked()
         try:
             reply = await asyncio.get_running_loop().run_in_executor(jobs, _job, kind, body)
         except FedsbError as error:
@@ -50,12 +53,17 @@ def trainer_app(node: Mapping[str, Any], answer: Answer = answer) -> Starlette:
         return Response(reply, media_type="application/octet-stream")
 
     def _job(kind: str, body: bytes) -> bytes:
-        return to_bytes(answer(kind, from_bytes(body), node))
+        with figures.job(kind):
+            return to_bytes(answer(kind, from_bytes(body), node))
 
     async def health(_: Request) -> Response:
         return JSONResponse({"site": node.get("name"), "jobs": waiting})
 
-    return Starlette(routes=[Route("/answer/{kind}", put, methods=["POST"]), Route("/health", health)])
+    async def metrics(_: Request) -> Response:
+        return Response(figures.text(), media_type=CONTENT_TYPE)
+
+    routes = [Route("/answer/{kind}", put, methods=["POST"]), Route("/health", health), Route("/metrics", metrics)]
+    return Starlette(routes=routes)
 
 
 def serve(path: Path, node: Mapping[str, Any]) -> None:

@@ -38,6 +38,7 @@ COMMANDS = {
     "certs": "certs",
     "init": "certs",
     "trainer": "trainer",
+    "metrics": "metrics",
 }  # command → its file in fedsb/cli
 
 

@@ -16,6 +16,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from fedsb.cli.main import COMMANDS as KNOWN
 from fedsb.cli.main import app, register
 from fedsb.config import RunConfig, TaskSection
 
@@ -67,17 +68,16 @@ def commands_page() -> str:
         assert command.callback is not None
         usage = " ".join([f"fedsb {name}", *_usage(command.params)])
         parts += [f"## `fedsb {name}`\n", f"{command.help}\n", f"```\n{usage}\n```\n"]
-        told = get_type_hints(
-            inspect.unwrap(command.callback), include_extras=True
-        )  # command.params: click 8.5 loses what typer says
+        told = get_type_hints(inspect.unwrap(command.callback), include_extras=True)  # of command.params click 8.5 loses it
         rows = [(_names(p), _default(p), _cell(told[str(p.name)].__metadata__[0].help or "")) for p in command.params]
         parts.append(_rows(("argument or option", "default", "meaning"), rows))
     return "\n".join(parts)
 
 
 def _all(group: click.Group, before: str = "") -> Iterator[tuple[str, click.Command]]:
-    """Every command with its name as typed, those of groups included."""
-    for name, command in group.commands.items():
+    """Every command with its name as typed, those of groups included, in the order of COMMANDS, whatever was registered first."""
+    for name in group.commands if before else KNOWN:
+        command = group.commands[name]
         if isinstance(command, click.Group):
             yield from _all(command, f"{before}{name} ")
         else:

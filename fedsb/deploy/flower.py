@@ -13,14 +13,16 @@ from fedsb.deploy.home import CONNECTION, Home
 from fedsb.deploy.quiet import QUIET
 from fedsb.errors import DeployError
 
-SECONDS = 120  # longest that one command may take
+SECONDS = 120.0
+LISTED_RUNS = 100  # a resumed run counts anew
 
 
 @dataclass(frozen=True)
 class Flower:
-    """The server of a federation, as its operator reaches it."""
+    """The server of a federation, as its operator reaches it; `seconds` is the longest that one command may take."""
 
     home: Home
+    seconds: float = SECONDS
 
     def run(self, app: Path, values: Path) -> str:
         """Start a run of an app with the run configuration in a TOML file; returns its number."""
@@ -35,6 +37,10 @@ class Flower:
         runs = self._ask("ls", CONNECTION, "--run-id", number)["runs"]
         found: dict[str, Any] = runs[0]
         return found
+
+    def runs(self) -> dict[str, dict[str, Any]]:
+        """Number → entry, as `status` gives it, of the runs started last."""
+        return {str(run["run-id"]): run for run in self._ask("ls", CONNECTION, "--limit", str(LISTED_RUNS))["runs"]}
 
     def log(self, number: str) -> str:
         """What the ServerApp has printed so far."""
@@ -70,9 +76,13 @@ class Flower:
     def _call(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [tool("flwr"), *arguments]
         try:
-            return subprocess.run(command, env=self._environment(), capture_output=True, text=True, timeout=SECONDS, check=False)
+            return subprocess.run(
+                command, env=self._environment(), capture_output=True, text=True, timeout=self.seconds, check=False
+            )
         except subprocess.TimeoutExpired:
-            raise DeployError(f"the server did not answer `flwr {arguments[0]}` within {SECONDS} s; see its log") from None
+            raise DeployError(
+                f"the server did not answer `flwr {arguments[0]}` within {self.seconds:.0f} s; see its log"
+            ) from None
 
 
 def tool(name: str) -> str:

@@ -1,8 +1,10 @@
 """The resident trainer, a process behind its socket: the answers of this process, one job at a time, back after a crash."""
 
+import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,22 +13,29 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from prometheus_client import CollectorRegistry, generate_latest
+from starlette.applications import Starlette
 
-from clients import answers, app
+from clients import answers, app, relay
 from clients.ask import SOCKET, UnixConnection, ask
+from clients.relay import TrainerRelay
 from clients.session import open_session
-from fedsb.errors import TrainerError
+from clients.worker import trainer_app
+from fedsb.errors import PolicyError, TrainerError
 from server.local_grid import node_configs
+from strategies.envelope import to_bytes
 from strategies.records import ARRAYS, PREPARE, TRAIN, Identity, Order, order_message, pack_state, unpack_state
 from tests.federation.tiny import config_of, save_model, save_task, table
 
 ROOT = Path(__file__).parents[2]
 START = Callable[..., subprocess.Popen[bytes]]
 PLACE = ("--name", "client-1", "--index", "1", "--sites", "3")
+OK = b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +205,119 @@ def test_two_trainers_do_not_share_a_socket(start: START, path: Path) -> None:
     second = start()
     assert second.wait(timeout=60) == 2
     assert _health(path)["site"] == "client-1"
+
+
+def test_a_trainer_counts_its_jobs(start: START, path: Path, run: str, tmp_path: Path) -> None:
+    """As Prometheus is told by the relay, which has a network; and while the trainer is away, that it is."""
+    said: list[str] = []
+    collector = TrainerRelay(path, said.append)
+    assert _told(collector) == {"fedsb_trainer_up": 0}
+    process = start()
+    basis, size = prepared(path, run)
+    for _ in range(2):
+        ask(path, TRAIN, question(run, TRAIN, basis, size).content)
+    for kind in (TRAIN, "train.everything", "train.nothing"):
+        with pytest.raises(TrainerError):
+            ask(path, kind, RecordDict())
+    told = _told(collector)
+    jobs = {name: value for name, value in told.items() if name.startswith("fedsb_trainer_jobs_total") and value}
+    assert jobs == {
+        _jobs(PREPARE, "answered"): 1,
+        _jobs(TRAIN, "answered"): 2,
+        _jobs(TRAIN, "refused"): 1,
+        _jobs("other", "refused"): 2,
+    }
+    assert _jobs("evaluate", "failed") in told  # 0 from the start, so that the first is seen as a rise
+    assert told[f'fedsb_trainer_job_seconds_count{{kind="{TRAIN}"}}'] == 3
+    assert 0 < told[f'fedsb_trainer_job_seconds_sum{{kind="{TRAIN}"}}'] < 60
+    assert told["fedsb_trainer_up"] == 1 and told["fedsb_trainer_jobs_running"] == told["fedsb_trainer_jobs_waiting"] == 0
+    assert told["process_resident_memory_bytes"] > 50e6
+    process.kill()
+    process.wait()
+    for _ in range(2):
+        assert _told(collector) == {"fedsb_trainer_up": 0}
+    assert len(said) == 2 and all(str(path) in sentence for sentence in said)
+
+
+def test_jobs_that_wait_and_fail_are_counted_for_each_trainer_alone(path: Path) -> None:
+    """In this process, with answers that wait, refuse and break."""
+    released, at_work = threading.Event(), threading.Event()
+
+    def answer(kind: str, content: RecordDict, node: Any) -> RecordDict:
+        if kind == TRAIN:
+            at_work.set()
+            assert released.wait(60)
+            return content
+        if kind == PREPARE:
+            raise PolicyError("is not allowed here")
+        raise RuntimeError("a defect")
+
+    async def met() -> None:
+        mine, other = _client(trainer_app({"name": "mine"}, answer)), _client(trainer_app({"name": "other"}))
+        body = to_bytes(RecordDict())
+        asked = [asyncio.create_task(mine.post(f"/answer/{TRAIN}", content=body)) for _ in range(3)]
+        async with asyncio.timeout(60):
+            while not at_work.is_set() or _figures((await mine.get("/metrics")).text)["fedsb_trainer_jobs_waiting"] < 2:
+                await asyncio.sleep(0.01)
+        assert _figures((await mine.get("/metrics")).text)["fedsb_trainer_jobs_running"] == 1
+        released.set()
+        assert [reply.status_code for reply in await asyncio.gather(*asked)] == [200] * 3
+        assert (await mine.post(f"/answer/{PREPARE}", content=body)).status_code == 422
+        with pytest.raises(RuntimeError, match="a defect"):
+            await mine.post("/answer/evaluate", content=body)
+        told, others = _figures((await mine.get("/metrics")).text), _figures((await other.get("/metrics")).text)
+        found = [told[_jobs(*each)] for each in ((TRAIN, "answered"), (PREPARE, "refused"), ("evaluate", "failed"))]
+        assert found == [3, 1, 1] and told["fedsb_trainer_jobs_waiting"] == told["fedsb_trainer_jobs_running"] == 0
+        assert others[_jobs(TRAIN, "answered")] == 0
+
+    asyncio.run(met())
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n", b"nonsense\r\n\r\n", OK + b"fedsb_x {"]
+)
+def test_who_does_not_tell_its_figures_is_away(path: Path, answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer that hangs, an older one, and what is none."""
+    monkeypatch.setattr(relay, "SECONDS", 0.5)
+    said: list[str] = []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        serving = threading.Thread(target=_answer_once, args=[listener, answer])
+        serving.start()
+        assert _told(TrainerRelay(path, said.append)) == {"fedsb_trainer_up": 0}
+        serving.join(60)
+    assert len(said) == 1 and said[0].startswith(f"the trainer at {path} does not tell its figures (")
+
+
+def _client(served: Starlette) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(served), base_url="http://trainer")
+
+
+def _answer_once(listener: socket.socket, answer: bytes) -> None:
+    connection, _ = listener.accept()
+    with connection:
+        connection.recv(1000)
+        if answer:
+            connection.sendall(answer)
+        else:
+            connection.recv(1000)  # until who asks gives up
+
+
+def _told(collector: TrainerRelay) -> dict[str, float]:
+    registry = CollectorRegistry()
+    registry.register(collector)
+    return _figures(generate_latest(registry).decode())
+
+
+def _figures(text: str) -> dict[str, float]:
+    """Prometheus's text format: series → value."""
+    lines = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
+    return {series: float(value) for series, value in lines}
+
+
+def _jobs(kind: str, outcome: str) -> str:
+    return f'fedsb_trainer_jobs_total{{kind="{kind}",outcome="{outcome}"}}'
 
 
 def _health(path: Path) -> dict[str, Any]:
