@@ -34,6 +34,7 @@ from strategies.records import (
     TRAIN,
     Identity,
     Order,
+    check_versions,
     pack_state,
     reply_content,
     unpack_basis,
@@ -50,11 +51,12 @@ def answer(kind: str, content: RecordDict, node: Node) -> RecordDict:
     """
     if kind not in ANSWERS:
         raise FedsbError(f"a client is asked {', '.join(ANSWERS)}, and not {kind}; use the same version of fedsb everywhere")
+    order = Order.of(content)
+    check_versions(order.versions)
     path = node.get("policy")
     if not path:
         return ANSWERS[kind](content, node)
     policy = load_policy(Path(str(path)))
-    order = Order.of(content)
     config = RunConfig.from_json(order.run)
     policy.check(config)
     if order.round > config.federation.rounds:

@@ -10,10 +10,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from fedsb.config import PositiveInt, RunConfig, Section
 from fedsb.errors import ConfigError, PolicyError
+from fedsb.validation import validated
 
 Names = Annotated[tuple[str, ...] | None, Field(strict=False)]
 
@@ -64,18 +65,12 @@ def template() -> str:
 def load_policy(path: Path) -> Policy:
     """Read a site's policy. Raises ConfigError with the key, the file and what to do."""
     try:
-        return Policy.model_validate(tomllib.loads(path.read_text()))
+        table = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: the site's policy cannot be read ({error}); without one nothing is answered") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: is not valid TOML ({error}); mend that line") from None
-    except ValidationError as error:
-        fault = error.errors()[0]
-        key = str(fault["loc"][0])
-        if fault["type"] == "extra_forbidden":
-            known = ", ".join(Policy.model_fields)
-            raise ConfigError(f"{path}: {key} is not a setting of a policy; the settings are {known}") from None
-        raise ConfigError(f"{path}: {key} = {fault['input']!r} will not do: {fault['msg'].lower()}; change it") from None
+    return validated(Policy, table, str(path), "docs/operations.md")
 
 
 def _matches(source: str, patterns: tuple[str, ...]) -> bool:

@@ -4,19 +4,19 @@ Defaults live here and nowhere else. A file in `configs/` holds only what differ
 `docs/configuration.md` says about it; a test compares the two.
 """
 
-import difflib
 import hashlib
 import json
 import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedsb.errors import ConfigError
+from fedsb.validation import set_key, validated
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NaturalInt = Annotated[int, Field(ge=0)]
@@ -25,7 +25,6 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 SITE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")  # of a client, a task or a run; safe as a folder
 SiteName = Annotated[str, Field(pattern=rf"^{SITE_NAME.pattern}$")]
 CLIENT = "{client}"  # in the folder of a `jsonl:` source: the name of the client that reads it
-TYPE = re.compile(r"(constrained-)?(int|float|str|bool)|(literal|tuple)\[.*\]")  # in the location of a union's error
 
 
 class Section(BaseModel):
@@ -279,7 +278,7 @@ class RunConfig(Section):
     @classmethod
     def from_json(cls, text: str) -> "RunConfig":
         """Read what `to_json` wrote. Raises ConfigError."""
-        return _validated(json.loads(text), "the server's configuration")
+        return validated(cls, json.loads(text), "the server's configuration")
 
     @classmethod
     def load(cls, path: Path, overrides: Sequence[str] = ()) -> "RunConfig":
@@ -298,62 +297,5 @@ class RunConfig(Section):
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{path}: is not valid TOML ({error}); mend that line") from None
         for override in overrides:
-            _override(table, override)
-        return _validated(table, str(path))
-
-
-def _override(table: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key.strip():
-        raise ConfigError(f"--set {override}: has no value; write --set section.key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # a plain word: --set adapter.method=lora-sb
-    *sections, name = key.strip().split(".")
-    for section in sections:
-        table = table.setdefault(section, {})
-        if not isinstance(table, dict):
-            raise ConfigError(f"--set {override}: {section} is not a section; `fedsb simulate --help` shows the form")
-    table[name] = value
-
-
-def _validated(table: dict[str, Any], where: str) -> RunConfig:
-    try:
-        return RunConfig.model_validate(table)
-    except ValidationError as error:
-        faults = sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")  # a misspelt key is missing too
-        first, key = faults[0], _key(faults[0]["loc"])
-        allowed = [fault["msg"] for fault in faults if _key(fault["loc"]) == key]  # one for each type that it may have
-        raise ConfigError(
-            f"{where}: {_sentence(first['type'], first['loc'], ' or '.join(allowed), first.get('input'))}"
-        ) from None
-
-
-def _key(location: tuple[int | str, ...]) -> str:
-    """A pydantic location as a key of the file, without the names of the types that were tried."""
-    return ".".join(str(part) for part in location if not TYPE.fullmatch(str(part)))
-
-
-def _sentence(kind: str, location: tuple[int | str, ...], message: str, value: object) -> str:
-    """One pydantic error as one sentence: the key, what is wrong, what to do."""
-    key = _key(location)
-    if kind == "extra_forbidden":
-        *parents, name = location
-        near = difflib.get_close_matches(str(name), _keys_at(tuple(parents)), n=1)
-        remedy = f"did you mean {'.'.join([*map(str, parents), near[0]])}?" if near else "docs/configuration.md lists them all"
-        return f"{key} is not a setting; {remedy}"
-    if kind == "missing":
-        return f"{key} is missing; set it"
-    if kind == "value_error":
-        return message.removeprefix("Value error, ")
-    return f"{key} = {value!r} will not do: {message[0].lower()}{message[1:]}; change it"
-
-
-def _keys_at(parents: tuple[int | str, ...]) -> list[str]:
-    section: type[BaseModel] = RunConfig
-    for parent in (part for part in parents if isinstance(part, str)):
-        annotation = section.model_fields[parent].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return list(section.model_fields)
+            set_key(table, override)
+        return validated(cls, table, str(path))

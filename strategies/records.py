@@ -4,9 +4,11 @@ A state travels as one flat array, since Flower handles each array as an object 
 fingerprint. bf16 goes over the wire as bf16, which Flower's `Array` does not know, so it gets a code of its own.
 """
 
+import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.metadata import version
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ PREPARE, TRAIN, PERSONALISE, EVALUATE = "query.prepare", "train", "train.persona
 ARRAYS, CONFIG, METRICS, IDENTITY, BASIS = "arrays", "config", "metrics", "identity", "basis"
 EXAMPLES, LOSS, SECONDS, EXACT_MATCH = "num-examples", "loss", "seconds", "exact-match"
 STATE = "state"
+SHARED = ("fedsb", "flwr")
 KEPT = "kept"  # metric of a client whose policy keeps its personal adapter at home
 WHICH = ("base", "global", "personal")  # whose scores there are; a score's metrics are `global-loss`, `global-exact-match`
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -86,6 +89,12 @@ def unpack_basis(record: ArrayRecord) -> Basis:
     return Basis(sides["B"], sides["A"], {name: torch.zeros(rank, rank) for name in sides["B"]})
 
 
+@functools.cache
+def shared_versions() -> str:
+    """The packages that server and sites must have in the same version, to the second number: `fedsb 0.1, flwr 1.41`."""
+    return ", ".join(f"{name} {'.'.join(version(name).split('.')[:2])}" for name in SHARED)
+
+
 @dataclass(frozen=True)
 class Order:
     """What the server asks of a client, beside arrays.
@@ -95,27 +104,46 @@ class Order:
         round: the server's round; 0 before the first.
         basis: fingerprint of the basis that states in this message belong to.
         which: for `evaluate`: some of `WHICH`, with commas.
+        versions: of the server's packages (`shared_versions`).
     """
 
     run: str
     round: int
     basis: str
     which: str = ""
+    versions: str = field(default_factory=shared_versions)
 
     def record(self) -> ConfigRecord:
         """As it travels."""
-        return ConfigRecord({"run": self.run, "round": self.round, "basis": self.basis, "which": self.which})
+        return ConfigRecord(
+            {
+                "run": self.run,
+                "round": self.round,
+                "basis": self.basis,
+                "which": self.which,
+                "versions": self.versions,
+            }
+        )
 
     @classmethod
     def of(cls, content: RecordDict) -> "Order":
         """Read the order of a message's content. Raises ReplyError if it has none."""
         try:
             config = content[CONFIG]
-            return cls(str(config["run"]), int(config["round"]), str(config["basis"]), str(config["which"]))  # type: ignore[arg-type]
+            number = int(config["round"])  # type: ignore[arg-type]
+            return cls(str(config["run"]), number, str(config["basis"]), str(config["which"]), str(config["versions"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ReplyError(
                 f"the question lacks {str(error).strip(chr(39))}; use the same version of fedsb everywhere"
             ) from None
+
+
+def check_versions(asked: str) -> None:
+    """Raise ReplyError if the server's versions (`Order.versions`) are others than those here."""
+    if asked != shared_versions():
+        raise ReplyError(
+            f"runs {shared_versions()} where the server runs {one_line(asked, 60)}; install the server's version at the site"
+        )
 
 
 @dataclass(frozen=True)

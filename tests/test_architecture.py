@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    ["fedsb.errors", "fedsb.config"],
+    ["fedsb.errors", "fedsb.validation", "fedsb.config"],
     ["fedsb.models", "fedsb.data", "fedsb.basis"],
     ["fedsb.adapters"],
     ["fedsb.aggregation", "fedsb.training", "fedsb.store", "fedsb.report"],
@@ -17,7 +17,13 @@ FLOORS = [
     ["clients", "server"],
     ["fedsb.cli"],
 ]
-SAME_FLOOR = {("fedsb.config", "fedsb.errors"), ("fedsb.models", "fedsb.data"), ("fedsb.report", "fedsb.store")}
+SAME_FLOOR = {
+    ("fedsb.config", "fedsb.errors"),
+    ("fedsb.config", "fedsb.validation"),
+    ("fedsb.validation", "fedsb.errors"),
+    ("fedsb.models", "fedsb.data"),
+    ("fedsb.report", "fedsb.store"),
+}
 FLWR = {"strategies", "clients", "server", "fedsb.cli"}
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "base", "core", "tools", "lib"}
 LONGEST = 350

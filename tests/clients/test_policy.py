@@ -10,7 +10,7 @@ from clients.answers import answer
 from clients.app import app as client_app
 from clients.policy import Policy, load_policy, template
 from fedsb.config import RunConfig
-from fedsb.errors import ConfigError, PolicyError
+from fedsb.errors import ConfigError, PolicyError, ReplyError
 from server.local_grid import LocalGrid, node_configs
 from strategies.records import CONFIG, TRAIN, Order
 from tests.federation.tiny import config_of, events, federate, personal_states, save_model, save_task, table
@@ -57,7 +57,7 @@ def test_the_template_allows_everything_and_explains_every_setting(tmp_path: Pat
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("max_rnak = 3", "policy.toml: max_rnak is not a setting of a policy; the settings are methods, models"),
+        ("max_rnak = 3", "policy.toml: max_rnak is not a setting; did you mean max_rank?"),
         ('max_rank = "3"', "policy.toml: max_rank = '3' will not do"),
         ("max_rank = 0", "policy.toml: max_rank = 0 will not do"),
         ("max_rank", "policy.toml: is not valid TOML"),
@@ -103,6 +103,13 @@ def test_a_server_does_not_go_on_beyond_the_rounds_that_were_agreed(config: RunC
     order = Order(config.to_json(), 4, "00" * 32)
     with pytest.raises(PolicyError, match="round 4 of a run of 3 rounds"):
         answer(TRAIN, RecordDict({CONFIG: order.record()}), {"policy": str(tmp_path / "policy.toml")})
+
+
+def test_a_server_of_another_version_is_not_answered(config: RunConfig) -> None:
+    """Whatever else it asks: a model that is not there would be the next thing to fail."""
+    order = Order(config.to_json(), 1, "00" * 32, versions="fedsb 7.3, flwr 1.41")
+    with pytest.raises(ReplyError, match="where the server runs fedsb 7.3, flwr 1.41; install the server's version at the site"):
+        answer(TRAIN, RecordDict({CONFIG: order.record()}), {})
 
 
 class Sites(LocalGrid):

@@ -29,7 +29,7 @@ from clients.worker import trainer_app
 from fedsb.errors import PolicyError, TrainerError
 from server.local_grid import node_configs
 from strategies.envelope import to_bytes
-from strategies.records import ARRAYS, PREPARE, TRAIN, Identity, Order, order_message, pack_state, unpack_state
+from strategies.records import ARRAYS, PREPARE, TRAIN, Identity, Order, order_message, pack_state, shared_versions, unpack_state
 from tests.federation.tiny import config_of, save_model, save_task, table
 
 ROOT = Path(__file__).parents[2]
@@ -147,7 +147,11 @@ def test_one_job_at_a_time_and_all_are_done(start: START, path: Path, run: str) 
     ("kind", "content", "said"),
     [
         ("train.everything", {}, "is asked query.prepare, train"),
-        (TRAIN, {"config": {"run": "{}", "round": 1, "basis": "x", "which": ""}}, "is missing; set it"),
+        (
+            TRAIN,
+            {"config": {"run": "{}", "round": 1, "basis": "x", "which": "", "versions": shared_versions()}},
+            "is missing; set it",
+        ),
         (TRAIN, {"config": {"round": 1}}, "lacks run"),
         (TRAIN, {}, "lacks config"),
     ],

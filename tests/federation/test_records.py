@@ -15,12 +15,14 @@ from strategies.records import (
     Identity,
     Order,
     bytes_of,
+    check_versions,
     from_array,
     metric,
     order_message,
     pack_state,
     reason_of,
     reply_content,
+    shared_versions,
     to_array,
     unpack_state,
 )
@@ -32,6 +34,12 @@ SPECIAL = [0.0, -0.0, 1e-45, -1e-40, 3.4028235e38, float("inf"), float("-inf"), 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def test_another_version_is_told_where_it_can_be_mended() -> None:
+    check_versions(Order("{}", 0, "b").versions)
+    with pytest.raises(ReplyError, match="runs fedsb 0.1, flwr 1.4.* where the server runs fedsb 7.3, .*; install the"):
+        check_versions("fedsb 7.3, flwr 1.41")
 
 
 def test_an_error_of_ours_is_its_sentence_and_any_other_keeps_its_kind() -> None:
@@ -87,6 +95,7 @@ def test_bytes_are_counted_by_hand() -> None:
     order = Order("{}", 3, "ab" * 32, "global")
     message = order_message(2, "evaluate", order, state)
     told = len("run") + len("{}") + len("round") + 8 + len("basis") + 64 + len("which") + len("global")
+    told += len("versions") + len(shared_versions())
     assert bytes_of(message) == told + len("state") + 10
     content = reply_content(Identity("ä", 3, "b", "l", "t"), {"loss": 1.5, "num-examples": 2})
     reply = Message(content, reply_to=message)
