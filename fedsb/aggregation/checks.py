@@ -37,14 +37,14 @@ class Reach:
     def check(self, vector: Tensor) -> float:
         """The L2 norm of a state's difference from the one sent. Raises ReplyError if training cannot have made it."""
         difference = vector - self.sent
-        beyond = difference.abs() - self.most
+        beyond = difference.abs().sub_(self.most)
         worst = int(beyond.argmax())
         if beyond[worst] > 0:
             raise ReplyError(
                 f"moved a number by {float(difference[worst].abs()):.3g} where its steps can move it by "
                 f"{float(self.most[worst]):.3g}"
             )
-        norm = float(torch.linalg.vector_norm(difference, dtype=torch.float64))
+        norm = float(torch.linalg.vector_norm(difference))
         if self.norm is not None and norm > self.norm:
             raise ReplyError(f"sent an update of norm {norm:.3g} where federation.max_update_norm = {self.norm:.3g}")
         return norm

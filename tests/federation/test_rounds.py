@@ -196,6 +196,17 @@ def test_another_round_or_seed_draws_others() -> None:
     assert sorted(desk.strategy.sample(1)[0]) != sorted(Desk(20, fraction=0.3).strategy.sample(1)[0])
 
 
+def test_who_is_asked_beyond_the_wanted_ones_is_drawn_too() -> None:
+    """In a simulation, where clients answer in the order asked, it is not always the last in the alphabet who is cut off."""
+    desk = Desk(6, fraction=0.5, over_sample=1.3)
+    last = set()
+    for number in range(1, 41):
+        nodes, wanted = desk.strategy.sample(number)
+        assert (len(nodes), wanted) == (4, 3) and nodes[:3] == sorted(nodes[:3])
+        last.add(nodes[-1])
+    assert last == set(desk.roster)
+
+
 def test_over_many_rounds_everybody_is_drawn_alike() -> None:
     roster = {i: f"site-{i:02d}" for i in range(10)}
     counts = dict.fromkeys(roster.values(), 0)
