@@ -19,6 +19,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import socket
 import sys
 import tempfile
 import threading
@@ -110,18 +111,18 @@ def _distance(ours: int, peer: int, **more: object) -> dict[str, Any]:
 def federation(home: Path, sites: int) -> Iterator["CountingProxy"]:
     """`fedsb up`, with a proxy between SuperNodes and SuperLink; `fedsb down` at the end."""
     up(clients=sites, names="", home=home, port=0)
-    try:
-        place = Home(home)
-        port = place.topology().port
-        with CountingProxy(port) as proxy:
+    place = Home(home)
+    port = place.topology().port
+    with CountingProxy(port) as proxy:
+        try:
             programs = home / "supervisord.conf"
             direct = f"--superlink {processes.HOST}:{port}"  # only SuperNodes are told where the SuperLink is in this way
             programs.write_text(programs.read_text().replace(direct, f"--superlink {processes.HOST}:{proxy.port}"))
             processes._control(place, "update")  # ends the programs that have changed
             processes.begin_all(place)
             yield proxy
-    finally:
-        down(home=home)
+        finally:
+            down(home=home)
 
 
 @dataclass
@@ -139,34 +140,39 @@ class CountingProxy:
     port: int = 0
     up: int = 0
     down: int = 0
-    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
+    _stop: threading.Event = field(default_factory=threading.Event)
 
     def bytes(self) -> dict[str, int]:
         """What has been passed on so far: up and down."""
         return {"up": self.up, "down": self.down}
 
     def __enter__(self) -> "CountingProxy":
-        server = self._loop.run_until_complete(asyncio.start_server(self._serve, processes.HOST, 0))
-        self.port = server.sockets[0].getsockname()[1]
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        listener = socket.create_server((processes.HOST, 0))
+        self.port = listener.getsockname()[1]
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._listen(listener)))
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._stop.set()
         self._thread.join()
-        for task in asyncio.all_tasks(self._loop):
-            task.cancel()
-        self._loop.run_until_complete(asyncio.sleep(0))
-        self._loop.close()
+
+    async def _listen(self, listener: socket.socket) -> None:
+        server = await asyncio.start_server(self._serve, sock=listener)
+        await asyncio.to_thread(self._stop.wait)
+        server.close()  # connections that are still open end with this loop
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        ends = [writer]
         try:
             server_reader, server_writer = await asyncio.open_connection(processes.HOST, self.target)
-        except OSError:  # no SuperLink now: whoever connected sees that the connection closes
-            writer.close()
-            return
-        await asyncio.gather(self._pass(reader, server_writer, "up"), self._pass(server_reader, writer, "down"))
+            ends.append(server_writer)
+            await asyncio.gather(self._pass(reader, server_writer, "up"), self._pass(server_reader, writer, "down"))
+        except OSError as error:  # nobody listens there now: whoever connected sees that the connection closes
+            say(f"port {self.target}: {error}")
+        finally:
+            for end in ends:
+                end.close()
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: str) -> None:
         try:
@@ -174,9 +180,8 @@ class CountingProxy:
                 setattr(self, way, getattr(self, way) + len(data))
                 writer.write(data)
                 await writer.drain()
-        except ConnectionError:  # one side is gone; the other one is told by closing
-            pass
-        finally:
+            writer.write_eof()
+        except OSError:  # one side is gone; closing tells the other
             writer.close()
 
 

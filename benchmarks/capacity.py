@@ -1,0 +1,347 @@
+"""How many sites one SuperLink serves: what idle sites cost, and rounds of no-op sites, as their number grows.
+
+    python -m benchmarks.capacity
+    python -m benchmarks.capacity --sites 10,30 --large 10
+
+A SuperLink and the executor of its ServerApp run as `fedsb up` starts them (TLS, node keys, SQLite, `--isolation process`).
+The sites are threads of this process. Each holds its own key and connection and does what a SuperNode does, with Flower's own
+code for its side of the connection: it polls every 3 s, sends heartbeats, fetches the app once and every message in objects,
+confirms, and pushes its reply. It runs no ClientApp: it answers at once with an array as large as the one it got. The
+ServerApp asks all sites in each round through `strategies.rounds.Exchange` and drops the replies.
+
+For every number of sites N, after they have all joined:
+`idle_N`: cores that the SuperLink uses while the sites only poll, with polls a second and how long one takes.
+`round_N`: seconds of a round with 10 kB of state (median; the first is left out, in which sites fetch the app); `cpu`: CPU
+seconds of the SuperLink for one site's part in it; how much its database and its memory have grown.
+`large_N`: the same with the state of SmolLM2-135M at rank 64 (3.4 MB).
+`polls`: polls a second that the SuperLink answers when sites ask again at once, with all of them admitted; `cpu`: CPU seconds
+of the SuperLink for one. `idle_limit`: sites whose polling alone would take one core, which is all that a SuperLink has, from
+that and Flower's interval.
+
+Sites and SuperLink share this machine; so CPU seconds say more than seconds.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import tomli_w
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.proto.control_pb2 import RegisterNodeRequest
+from flwr.serverapp import Grid
+from flwr.supercore.control.control_http_client import ControlHttpClient
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
+from flwr.supercore.inflatable.inflatable_utils import pull_objects, push_objects
+from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supernode.fleet_http_connection import http_request_response
+
+from benchmarks.harness import ROOT, figure, median, report, say
+from fedsb.cli.up import _any_port, _wait_for_server
+from fedsb.deploy import processes
+from fedsb.deploy.certs import make_authority
+from fedsb.deploy.flower import Flower
+from fedsb.deploy.home import Home, LocalSite, Topology
+from fedsb.store.files import write_file
+from strategies.records import TRAIN
+from strategies.rounds import Exchange, wait_for_nodes
+
+POLL_SECONDS = 3.0  # a SuperNode's, which is not configurable
+SMALL, LARGE = 2_500, 860_160  # fp32 numbers of a state
+IN_FLIGHT = 24  # large replies that this process has in memory at a time
+ROUNDS = 4
+WAIT_SECONDS = 900.0
+APP = {
+    "pyproject.toml": """[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "capacity"
+version = "0.1.0"
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "fedsb"
+
+[tool.flwr.app.components]
+serverapp = "capacity.server_side:app"
+clientapp = "capacity.client_side:app"
+
+[tool.flwr.app.config]
+sites = 0
+numbers = 0
+rounds = 0
+out = ""
+""",
+    "capacity/__init__.py": "",
+    "capacity/server_side.py": f"""import sys
+
+sys.path.insert(0, {str(ROOT)!r})
+
+from flwr.serverapp import ServerApp
+
+from benchmarks.capacity import serve
+
+app = ServerApp()
+app.main()(serve)
+""",
+    "capacity/client_side.py": "from flwr.clientapp import ClientApp\n\napp = ClientApp()\n",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sites", default="10,30,100,300", help="numbers of sites, growing, with commas")
+    parser.add_argument("--large", default="10,30,100", help="those of them that also do rounds with large states")
+    parser.add_argument("--idle", type=float, default=30.0, help="seconds for which idle sites are watched")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds for each number of sites and size of state")
+    options = parser.parse_args(arguments)
+    counts, large = ([int(count) for count in text.split(",") if count] for text in (options.sites, options.large))
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        found = figures(Path(folder), counts, large, options.idle, options.rounds)
+    report("capacity", found)
+
+
+def figures(folder: Path, counts: Sequence[int], large: Sequence[int], idle: float, rounds: int) -> dict[str, dict[str, Any]]:
+    """More and more sites at one SuperLink in `folder`."""
+    found: dict[str, dict[str, Any]] = {}
+    with superlink(folder / "home") as link, contextlib.ExitStack() as joined:
+        sites: list[Site] = []
+        for count in counts:
+            sites += [joined.enter_context(Site(link)) for _ in range(count - len(sites))]
+            for site in sites:
+                site.wait()
+            say(f"{count} sites have joined")
+            found[f"idle_{count}"] = _idle(link, sites, idle)
+            for name, numbers in (("round", SMALL), *([("large", LARGE)] if count in large else [])):
+                found[f"{name}_{count}"] = _rounds(link, count, numbers, rounds)
+        polls = _flood(link, sites, idle)
+    limit = POLL_SECONDS / polls["cpu"]
+    return found | {"polls": polls, "idle_limit": figure(limit, "sites")}
+
+
+def _idle(link: "Link", sites: Sequence["Site"], seconds: float) -> dict[str, Any]:
+    for site in sites:
+        site.polls.clear()
+    cpu, started = link.cpu(), time.monotonic()
+    time.sleep(seconds)
+    wall, cpu = time.monotonic() - started, link.cpu() - cpu
+    polls = [poll for site in sites for poll in list(site.polls)]
+    more = {"polls_per_second": len(polls) / wall, "poll_seconds": median(polls), "slowest_poll_seconds": max(polls)}
+    say(f"{len(sites)} idle sites: {cpu / wall:.3f} cores, {more}")
+    return figure(cpu / wall, "cores", resident=link.resident(), **more)
+
+
+def _rounds(link: "Link", count: int, numbers: int, rounds: int) -> dict[str, Any]:
+    """Seconds of a round in which all sites answer."""
+    before = link.stored()
+    entries = link.run(count, numbers, rounds)
+    counted = entries[1:] or entries
+    spent = median([entry["seconds"] for entry in counted])
+    cpu = (entries[-1]["cpu"] - entries[0]["cpu"]) / max(len(entries) - 1, 1) / count
+    more = {
+        "cpu": cpu,
+        "database_growth_per_round": (link.stored() - before) / rounds,
+        "superlink_resident": link.resident(),
+        "server_app_resident": max(entry["resident"] for entry in entries),
+        "answered": min(entry["answered"] for entry in entries),
+        "seconds": [round(entry["seconds"], 2) for entry in entries],
+    }
+    say(f"{count} sites, {4 * numbers} B: {spent:.2f} s a round, {more}")
+    return figure(spent, "s", sites=count, state_bytes=4 * numbers, **more)
+
+
+def _flood(link: "Link", sites: Sequence["Site"], seconds: float) -> dict[str, Any]:
+    """Polls without a pause, from a few of the sites, while the others go on as ever."""
+    few = sites[:16]
+    for site in sites:
+        site.polls.clear()
+    for site in few:
+        site.pause = 0.0
+    cpu, started = link.cpu(), time.monotonic()
+    time.sleep(seconds)
+    wall, cpu = time.monotonic() - started, link.cpu() - cpu
+    for site in few:
+        site.pause = POLL_SECONDS
+    count = sum(len(site.polls) for site in sites)
+    say(f"{count / wall:.0f} polls/s, {1000 * cpu / count:.2f} ms of CPU each")
+    return figure(count / wall, "1/s", cpu=cpu / count, cores=cpu / wall, sites=len(sites))
+
+
+def serve(grid: Grid, context: Context) -> None:
+    """The ServerApp: asks all sites in each round, and writes down what it took."""
+    values = context.run_config
+    out, count = Path(str(values["out"])), int(values["sites"])
+    superlink_process = psutil.Process(json.loads((out.parent / "superlink.json").read_text()))
+    state = ArrayRecord({"state": Array(np.zeros(int(values["numbers"]), np.float32))})
+    nodes = wait_for_nodes(grid, count, WAIT_SECONDS)
+    entries = []
+    for number in range(int(values["rounds"])):
+        started = time.monotonic()
+        messages = [Message(RecordDict({"arrays": state}), node, TRAIN, group_id=str(number)) for node in nodes]
+        answered = sum(not reply.has_error() for reply in Exchange(grid, WAIT_SECONDS)(messages))
+        times = superlink_process.cpu_times()
+        entry = {"seconds": time.monotonic() - started, "answered": answered, "cpu": times.user + times.system}
+        entries.append(entry | {"resident": psutil.Process().memory_info().rss})
+    out.write_text(json.dumps(entries))
+
+
+@dataclass
+class Link:
+    """A SuperLink with nothing but the executor of its ServerApp beside it."""
+
+    home: Home
+    process: psutil.Process
+    control: ControlHttpClient
+
+    @property
+    def address(self) -> str:
+        """Where sites reach it."""
+        return f"{processes.HOST}:{self.home.topology().port}"
+
+    def admit(self, key: ec.EllipticCurvePublicKey) -> None:
+        """Let a node in, as `flwr supernode register` does."""
+        self.control.RegisterNode(RegisterNodeRequest(public_key=public_key_to_bytes(key)))
+
+    def cpu(self) -> float:
+        """CPU seconds that it has used."""
+        times = self.process.cpu_times()
+        return float(times.user + times.system)
+
+    def resident(self) -> int:
+        """Bytes that it has in memory."""
+        return int(self.process.memory_info().rss)
+
+    def stored(self) -> int:
+        """Bytes of its database on the disk."""
+        return sum(path.stat().st_size for path in self.home.folder.glob("superlink.db*"))
+
+    def run(self, sites: int, numbers: int, rounds: int) -> list[dict[str, Any]]:
+        """One run of the ServerApp above; an entry for each round. Raises RuntimeError if it fails."""
+        app, folder = self.home.folder / "app", self.home.folder.resolve()
+        out = folder / "rounds.json"
+        out.unlink(missing_ok=True)
+        for name, text in APP.items():
+            write_file(app / name, text.encode())
+        values = {"sites": sites, "numbers": numbers, "rounds": rounds, "out": str(out)}
+        write_file(folder / "values.toml", tomli_w.dumps(values).encode())
+        flower = Flower(self.home)
+        number = flower.run(app, folder / "values.toml")
+        while not (state := str(flower.status(number)["status"])).startswith("finished"):
+            time.sleep(2)
+        if state != "finished:completed":
+            raise RuntimeError(f"{state}: {flower.log(number)}")
+        entries: list[dict[str, Any]] = json.loads(out.read_text())
+        return entries
+
+
+@contextlib.contextmanager
+def superlink(folder: Path) -> Iterator[Link]:
+    """Start the server's side of `fedsb up` in a folder, and end it."""
+    home = Home(folder)
+    folder.mkdir(parents=True)
+    authority = make_authority(home.tls.folder)
+    topology = Topology(port=_any_port(), sites=[LocalSite(name="none", index=0, port=_any_port())])  # which is not started
+    home.logs.mkdir()
+    home.write_topology(topology)
+    address = f"{processes.HOST}:{topology.port}"
+    home.write_connection(address)
+    processes.write_programs(home, topology)
+    processes.begin(home)
+    version = RuntimeVersionHttpInterceptor(component_name="flwr CLI")
+    try:
+        _wait_for_server(home, topology.port)
+        processes._control(home, "start", "server-executor")
+        number = int(processes._control(home, "pid", "superlink"))
+        write_file(folder / "superlink.json", json.dumps(number).encode())
+        with ControlHttpClient.from_server_address(address, False, authority.ca.read_bytes(), [version]) as control:
+            yield Link(home, psutil.Process(number), control)
+    finally:
+        processes.end(home)
+
+
+@dataclass
+class Site:
+    """Context: a no-op site in a thread of its own.
+
+    Attributes:
+        link: its server.
+        pause: seconds between two polls that brought nothing.
+        polls: seconds that each poll took that brought nothing.
+    """
+
+    link: Link
+    pause: float = POLL_SECONDS
+    polls: list[float] = field(default_factory=list)
+    _joined: threading.Event = field(default_factory=threading.Event)
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _room = threading.Semaphore(IN_FLIGHT)  # one for all sites
+
+    def __enter__(self) -> "Site":
+        self._key = ec.generate_private_key(ec.SECP384R1())
+        self.link.admit(self._key.public_key())
+        self._thread = threading.Thread(target=self._live, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def wait(self) -> None:
+        """Until it has joined. Raises TimeoutError."""
+        if not self._joined.wait(WAIT_SECONDS):
+            raise TimeoutError("a site could not join the SuperLink")
+
+    def _live(self) -> None:
+        keys = (self._key, self._key.public_key())
+        authority = self.link.home.tls.ca.read_bytes()
+        with http_request_response(self.link.address, False, authority, keys) as connection:
+            _, receive, *answering = connection
+            known: set[int] = set()
+            self._joined.set()
+            while not self._stop.is_set():
+                started = time.perf_counter()
+                received = receive()
+                if received is None:
+                    self.polls.append(time.perf_counter() - started)
+                    self._stop.wait(self.pause)
+                else:
+                    with self._room:
+                        _answer(*received, known, *answering)
+
+
+def _answer(message: Message, tree: Any, known: set[int], send: Any, get_run: Any, get_fab: Any, *objects: Any) -> None:
+    """One message: fetched, confirmed, and answered with an array of its size that no other site sends."""
+    pull, push, confirm = objects
+    metadata = message.metadata
+    if metadata.run_id not in known:
+        get_fab(get_run(metadata.run_id).fab_hash, metadata.run_id)
+        known.add(metadata.run_id)
+    fetched = pull_objects([each.object_id for each in iterate_object_tree(tree)], lambda name: pull(metadata.run_id, name))
+    confirm(metadata.run_id, metadata.message_id)
+    numbers = np.zeros(max(map(len, fetched.values())) // 4, np.float32)
+    numbers[:5] = [*((metadata.dst_node_id >> shift) & 0xFFFF for shift in (0, 16, 32, 48)), int(metadata.group_id)]
+    reply = Message(RecordDict({"arrays": ArrayRecord({"state": Array(numbers)})}), reply_to=message)
+    reply.metadata.__dict__["_message_id"] = reply.object_id
+    wanted, session = send(reply, get_object_tree(reply), 0.0)
+    nested = get_all_nested_objects(reply)
+    push_objects(nested, lambda name, data: push(metadata.run_id, session, name, data), object_ids_to_push=wanted)
+
+
+if __name__ == "__main__":
+    main()
