@@ -28,11 +28,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import psutil
 import tomli_w
@@ -42,9 +43,10 @@ from flwr.proto.control_pb2 import RegisterNodeRequest
 from flwr.serverapp import Grid
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
-from flwr.supercore.inflatable.inflatable_utils import pull_objects, push_objects
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError, pull_objects, push_objects
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.run import RunNotRunningException
 from flwr.supernode.fleet_http_connection import http_request_response
 
 from benchmarks.harness import ROOT, figure, median, report, say
@@ -58,10 +60,10 @@ from strategies.records import TRAIN
 from strategies.rounds import Exchange, wait_for_nodes
 
 POLL_SECONDS = 3.0  # a SuperNode's, which is not configurable
-SMALL, LARGE = 2_500, 860_160  # fp32 numbers of a state
+NUMBERS = {"round": 2_500, "large": 860_160}  # fp32 numbers of a state
 IN_FLIGHT = 24  # large replies that this process has in memory at a time
-ROUNDS = 4
-WAIT_SECONDS = 900.0
+ROUNDS = 3
+WAIT_SECONDS = 600.0
 APP = {
     "pyproject.toml": """[build-system]
 requires = ["hatchling"]
@@ -106,18 +108,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sites", default="10,30,100,300", help="numbers of sites, growing, with commas")
-    parser.add_argument("--large", default="10,30,100", help="those of them that also do rounds with large states")
+    parser.add_argument("--small", default="10,30,100,300", help="those of them that do rounds with small states")
+    parser.add_argument("--large", default="10,30,100", help="those of them that do rounds with large states")
     parser.add_argument("--idle", type=float, default=30.0, help="seconds for which idle sites are watched")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds for each number of sites and size of state")
     options = parser.parse_args(arguments)
-    counts, large = ([int(count) for count in text.split(",") if count] for text in (options.sites, options.large))
+    texts = (options.sites, options.small, options.large)
+    counts, small, large = ([int(count) for count in text.split(",") if count] for text in texts)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        found = figures(Path(folder), counts, large, options.idle, options.rounds)
+        found = figures(Path(folder), counts, {"round": small, "large": large}, options.idle, options.rounds)
     report("capacity", found)
 
 
-def figures(folder: Path, counts: Sequence[int], large: Sequence[int], idle: float, rounds: int) -> dict[str, dict[str, Any]]:
-    """More and more sites at one SuperLink in `folder`."""
+def figures(
+    folder: Path, counts: Sequence[int], active: Mapping[str, Sequence[int]], idle: float, rounds: int
+) -> dict[str, dict[str, Any]]:
+    """More and more sites at one SuperLink in `folder`; `active`: which numbers of them do rounds with which state."""
     found: dict[str, dict[str, Any]] = {}
     with superlink(folder / "home") as link, contextlib.ExitStack() as joined:
         sites: list[Site] = []
@@ -127,8 +133,8 @@ def figures(folder: Path, counts: Sequence[int], large: Sequence[int], idle: flo
                 site.wait()
             say(f"{count} sites have joined")
             found[f"idle_{count}"] = _idle(link, sites, idle)
-            for name, numbers in (("round", SMALL), *([("large", LARGE)] if count in large else [])):
-                found[f"{name}_{count}"] = _rounds(link, count, numbers, rounds)
+            for name in (name for name, chosen in active.items() if count in chosen):
+                found[f"{name}_{count}"] = _rounds(link, sites, NUMBERS[name], rounds)
         polls = _flood(link, sites, idle)
     limit = POLL_SECONDS / polls["cpu"]
     return found | {"polls": polls, "idle_limit": figure(limit, "sites")}
@@ -146,9 +152,9 @@ def _idle(link: "Link", sites: Sequence["Site"], seconds: float) -> dict[str, An
     return figure(cpu / wall, "cores", resident=link.resident(), **more)
 
 
-def _rounds(link: "Link", count: int, numbers: int, rounds: int) -> dict[str, Any]:
-    """Seconds of a round in which all sites answer."""
-    before = link.stored()
+def _rounds(link: "Link", sites: Sequence["Site"], numbers: int, rounds: int) -> dict[str, Any]:
+    """Seconds of a round in which all sites are asked."""
+    before, failed, count = link.stored(), sum(site.failed for site in sites), len(sites)
     entries = link.run(count, numbers, rounds)
     counted = entries[1:] or entries
     spent = median([entry["seconds"] for entry in counted])
@@ -159,6 +165,7 @@ def _rounds(link: "Link", count: int, numbers: int, rounds: int) -> dict[str, An
         "superlink_resident": link.resident(),
         "server_app_resident": max(entry["resident"] for entry in entries),
         "answered": min(entry["answered"] for entry in entries),
+        "failed": sum(site.failed for site in sites) - failed,
         "seconds": [round(entry["seconds"], 2) for entry in entries],
     }
     say(f"{count} sites, {4 * numbers} B: {spent:.2f} s a round, {more}")
@@ -282,11 +289,13 @@ class Site:
         link: its server.
         pause: seconds between two polls that brought nothing.
         polls: seconds that each poll took that brought nothing.
+        failed: messages and polls given up since the SuperLink refused a request, as a SuperNode gives them up.
     """
 
     link: Link
     pause: float = POLL_SECONDS
     polls: list[float] = field(default_factory=list)
+    failed: int = 0
     _joined: threading.Event = field(default_factory=threading.Event)
     _stop: threading.Event = field(default_factory=threading.Event)
     _room = threading.Semaphore(IN_FLIGHT)  # one for all sites
@@ -316,13 +325,17 @@ class Site:
             self._joined.set()
             while not self._stop.is_set():
                 started = time.perf_counter()
-                received = receive()
-                if received is None:
-                    self.polls.append(time.perf_counter() - started)
-                    self._stop.wait(self.pause)
-                else:
+                try:
+                    received = receive()
+                    if received is None:
+                        self.polls.append(time.perf_counter() - started)
+                        self._stop.wait(self.pause)
+                        continue
                     with self._room:
                         _answer(*received, known, *answering)
+                except (httpx.HTTPError, ObjectPullError, ObjectPushError, RunNotRunningException) as error:
+                    self.failed += 1
+                    say(f"{type(error).__name__}: {error}")
 
 
 def _answer(message: Message, tree: Any, known: set[int], send: Any, get_run: Any, get_fab: Any, *objects: Any) -> None:
