@@ -26,14 +26,12 @@ import contextlib
 import json
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import psutil
 import tomli_w
@@ -42,14 +40,11 @@ from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.proto.control_pb2 import RegisterNodeRequest
 from flwr.serverapp import Grid
 from flwr.supercore.control.control_http_client import ControlHttpClient
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
-from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError, pull_objects, push_objects
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-from flwr.supercore.run import RunNotRunningException
-from flwr.supernode.fleet_http_connection import http_request_response
 
 from benchmarks.harness import ROOT, figure, median, report, say
+from benchmarks.noop_sites import POLL_SECONDS, Site
 from fedsb.cli.up import _any_port, _wait_for_server
 from fedsb.deploy import processes
 from fedsb.deploy.certs import make_authority
@@ -59,11 +54,9 @@ from fedsb.store.files import write_file
 from strategies.records import TRAIN
 from strategies.rounds import Exchange, wait_for_nodes
 
-POLL_SECONDS = 3.0  # a SuperNode's, which is not configurable
 NUMBERS = {"round": 2_500, "large": 860_160}  # fp32 numbers of a state
-IN_FLIGHT = 24  # large replies that this process has in memory at a time
 ROUNDS = 3
-WAIT_SECONDS = 600.0
+WAIT_SECONDS = 300.0
 APP = {
     "pyproject.toml": """[build-system]
 requires = ["hatchling"]
@@ -127,20 +120,25 @@ def figures(
     found: dict[str, dict[str, Any]] = {}
     with superlink(folder / "home") as link, contextlib.ExitStack() as joined:
         sites: list[Site] = []
-        for count in counts:
-            sites += [joined.enter_context(Site(link)) for _ in range(count - len(sites))]
-            for site in sites:
-                site.wait()
-            say(f"{count} sites have joined")
-            found[f"idle_{count}"] = _idle(link, sites, idle)
-            for name in (name for name, chosen in active.items() if count in chosen):
-                found[f"{name}_{count}"] = _rounds(link, sites, NUMBERS[name], rounds)
-        polls = _flood(link, sites, idle)
+        authority = link.home.tls.ca.read_bytes()
+        try:
+            for count in counts:
+                sites += [joined.enter_context(Site(link.address, authority, link.admit)) for _ in range(count - len(sites))]
+                for site in sites:
+                    site.wait(WAIT_SECONDS)
+                say(f"{count} sites have joined")
+                found[f"idle_{count}"] = _idle(link, sites, idle)
+                for name in (name for name, chosen in active.items() if count in chosen):
+                    found[f"{name}_{count}"] = _rounds(link, sites, NUMBERS[name], rounds)
+            polls = _flood(link, sites, idle)
+        finally:
+            for site in sites:  # all are told before the first is waited for
+                site.stop()
     limit = POLL_SECONDS / polls["cpu"]
     return found | {"polls": polls, "idle_limit": figure(limit, "sites")}
 
 
-def _idle(link: "Link", sites: Sequence["Site"], seconds: float) -> dict[str, Any]:
+def _idle(link: "Link", sites: Sequence[Site], seconds: float) -> dict[str, Any]:
     for site in sites:
         site.polls.clear()
     cpu, started = link.cpu(), time.monotonic()
@@ -152,7 +150,7 @@ def _idle(link: "Link", sites: Sequence["Site"], seconds: float) -> dict[str, An
     return figure(cpu / wall, "cores", resident=link.resident(), **more)
 
 
-def _rounds(link: "Link", sites: Sequence["Site"], numbers: int, rounds: int) -> dict[str, Any]:
+def _rounds(link: "Link", sites: Sequence[Site], numbers: int, rounds: int) -> dict[str, Any]:
     """Seconds of a round in which all sites are asked."""
     before, failed, count = link.stored(), sum(site.failed for site in sites), len(sites)
     entries = link.run(count, numbers, rounds)
@@ -172,7 +170,7 @@ def _rounds(link: "Link", sites: Sequence["Site"], numbers: int, rounds: int) ->
     return figure(spent, "s", sites=count, state_bytes=4 * numbers, **more)
 
 
-def _flood(link: "Link", sites: Sequence["Site"], seconds: float) -> dict[str, Any]:
+def _flood(link: "Link", sites: Sequence[Site], seconds: float) -> dict[str, Any]:
     """Polls without a pause, from a few of the sites, while the others go on as ever."""
     few = sites[:16]
     for site in sites:
@@ -279,81 +277,6 @@ def superlink(folder: Path) -> Iterator[Link]:
             yield Link(home, psutil.Process(number), control)
     finally:
         processes.end(home)
-
-
-@dataclass
-class Site:
-    """Context: a no-op site in a thread of its own.
-
-    Attributes:
-        link: its server.
-        pause: seconds between two polls that brought nothing.
-        polls: seconds that each poll took that brought nothing.
-        failed: messages and polls given up since the SuperLink refused a request, as a SuperNode gives them up.
-    """
-
-    link: Link
-    pause: float = POLL_SECONDS
-    polls: list[float] = field(default_factory=list)
-    failed: int = 0
-    _joined: threading.Event = field(default_factory=threading.Event)
-    _stop: threading.Event = field(default_factory=threading.Event)
-    _room = threading.Semaphore(IN_FLIGHT)  # one for all sites
-
-    def __enter__(self) -> "Site":
-        self._key = ec.generate_private_key(ec.SECP384R1())
-        self.link.admit(self._key.public_key())
-        self._thread = threading.Thread(target=self._live, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def wait(self) -> None:
-        """Until it has joined. Raises TimeoutError."""
-        if not self._joined.wait(WAIT_SECONDS):
-            raise TimeoutError("a site could not join the SuperLink")
-
-    def _live(self) -> None:
-        keys = (self._key, self._key.public_key())
-        authority = self.link.home.tls.ca.read_bytes()
-        with http_request_response(self.link.address, False, authority, keys) as connection:
-            _, receive, *answering = connection
-            known: set[int] = set()
-            self._joined.set()
-            while not self._stop.is_set():
-                started = time.perf_counter()
-                try:
-                    received = receive()
-                    if received is None:
-                        self.polls.append(time.perf_counter() - started)
-                        self._stop.wait(self.pause)
-                        continue
-                    with self._room:
-                        _answer(*received, known, *answering)
-                except (httpx.HTTPError, ObjectPullError, ObjectPushError, RunNotRunningException) as error:
-                    self.failed += 1
-                    say(f"{type(error).__name__}: {error}")
-
-
-def _answer(message: Message, tree: Any, known: set[int], send: Any, get_run: Any, get_fab: Any, *objects: Any) -> None:
-    """One message: fetched, confirmed, and answered with an array of its size that no other site sends."""
-    pull, push, confirm = objects
-    metadata = message.metadata
-    if metadata.run_id not in known:
-        get_fab(get_run(metadata.run_id).fab_hash, metadata.run_id)
-        known.add(metadata.run_id)
-    fetched = pull_objects([each.object_id for each in iterate_object_tree(tree)], lambda name: pull(metadata.run_id, name))
-    confirm(metadata.run_id, metadata.message_id)
-    numbers = np.zeros(max(map(len, fetched.values())) // 4, np.float32)
-    numbers[:5] = [*((metadata.dst_node_id >> shift) & 0xFFFF for shift in (0, 16, 32, 48)), int(metadata.group_id)]
-    reply = Message(RecordDict({"arrays": ArrayRecord({"state": Array(numbers)})}), reply_to=message)
-    reply.metadata.__dict__["_message_id"] = reply.object_id
-    wanted, session = send(reply, get_object_tree(reply), 0.0)
-    nested = get_all_nested_objects(reply)
-    push_objects(nested, lambda name, data: push(metadata.run_id, session, name, data), object_ids_to_push=wanted)
 
 
 if __name__ == "__main__":
