@@ -24,14 +24,14 @@ TEMPLATE = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}{% if a
 State = dict[str, torch.Tensor]
 
 
-def save_model(folder: Path, kind: str = "causal") -> str:
-    """A tiny random model with its tokenizer, saved in a folder; returns the folder as text."""
+def save_model(folder: Path, kind: str = "causal", width: int = 32) -> str:
+    """A tiny random model with its tokenizer, saved in a folder; returns the folder as text. Ranks go up to half its width."""
     torch.manual_seed(0)
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", "<user>", "<assistant>", *WORDS])}
     sizes: dict[str, Any] = {
         "vocab_size": len(vocabulary),
-        "hidden_size": 32,
-        "intermediate_size": 48,
+        "hidden_size": width,
+        "intermediate_size": 3 * width // 2,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "max_position_embeddings": 64,
