@@ -38,6 +38,7 @@ COMMANDS = {
     "certs": "certs",
     "init": "certs",
     "trainer": "trainer",
+    "supernode": "supernode",
     "metrics": "metrics",
 }  # command → its file in fedsb/cli
 

@@ -33,8 +33,8 @@ def make_site(name: str, folder: Path, policy: str, server: str = "", ca: Path |
     """
     if not SITE_NAME.fullmatch(name):
         raise DeployError(f"{name!r} is no name of a site (a-z, 0-9, dot, dash, underscore); choose another")
-    if server and not _is_address(server):
-        raise DeployError(f"--server {server}: is no address; write host:port")
+    if server:
+        check_address(server)
     public = folder / f"{name}.pub"
     if folder.exists() and not folder.is_dir():
         raise DeployError(f"{folder} is a file; choose another --out")
@@ -74,9 +74,11 @@ def _authority(path: Path) -> bytes:
     return read_file(path)
 
 
-def _is_address(text: str) -> bool:
+def check_address(text: str) -> None:
+    """Raise DeployError unless a text is host:port."""
     host, _, port = text.rpartition(":")
-    return bool(host) and port.isascii() and port.isdigit() and 0 < int(port) < 2**16
+    if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+        raise DeployError(f"--server {text}: is no address; write host:port")
 
 
 def _setting(path: Path, key: str) -> str:
