@@ -24,6 +24,7 @@ from fedsb.store.files import read_events, write_file
 
 POLL_SECONDS = 0.5
 ASK_SECONDS = 5.0  # between two looks at whether the run is still alive
+AWAY_SECONDS = 120.0  # longest that the server may be away while a run is shown
 ENDED = "finished"
 Name = Annotated[str, typer.Argument(help="name of a run; by default the one started last")]
 
@@ -39,12 +40,13 @@ def run(
     """Run a federation on its sites, show its progress, and end with the table of `fedsb simulate`."""
     chosen = RunConfig.load(config, set_ or [])
     place = _running(home)
-    if (place.runs / chosen.name).exists():
-        raise StoreError(
-            f"{place.runs / chosen.name} holds a run already; `fedsb resume {chosen.name}` goes on with it, "
-            "--set name=ANOTHER starts another"
-        )
-    _start(place, chosen, resume=False)
+    with place.turn():
+        if (place.runs / chosen.name).exists():
+            raise StoreError(
+                f"{place.runs / chosen.name} holds a run already; `fedsb resume {chosen.name}` goes on with it, "
+                "--set name=ANOTHER starts another"
+            )
+        _start(place, chosen, resume=False)
     if not detach:
         _follow(place, chosen)
 
@@ -60,11 +62,9 @@ def resume(
     path = place.runs / name / "config.toml"
     if not path.exists():
         raise StoreError(f"{place.runs / name} is no run; `fedsb status --home {home}` names those that there are")
-    number = place.started().get(name)
-    if number and not Flower(place).status(number)["status"].startswith(ENDED):
-        raise DeployError(f"{name} is still running; `fedsb logs {name}` shows it, `fedsb stop {name}` ends it")
-    chosen, before = RunConfig.load(path), len(read_events(place.runs / name / "events.jsonl"))
-    _start(place, chosen, resume=True)
+    with place.turn():
+        chosen, before = RunConfig.load(path), len(read_events(place.runs / name / "events.jsonl"))
+        _start(place, chosen, resume=True)
     if not detach:
         _follow(place, chosen, before)
 
@@ -138,6 +138,12 @@ def _runs(place: Home) -> list[dict[str, Any]]:
 
 
 def _start(place: Home, chosen: RunConfig, *, resume: bool) -> None:
+    """Start a run, in the turn of this command. Raises DeployError if it is under way, begun perhaps a moment ago."""
+    number = place.started().get(chosen.name)
+    if number and not str(Flower(place).status(number)["status"]).startswith(ENDED):
+        raise DeployError(
+            f"{chosen.name} is still running; `fedsb logs {chosen.name}` shows it, `fedsb stop {chosen.name}` ends it"
+        )
     folder = (place.runs / chosen.name).resolve()
     values = place.folder / "values" / f"{chosen.name}.toml"
     told = {"config": chosen.to_json(), "out": str(folder), "home": str(place.folder.resolve()), "resume": resume}
@@ -155,7 +161,7 @@ def _follow(place: Home, chosen: RunConfig, shown: int = 0) -> None:
         while True:
             shown = _show_new(show, folder, shown)
             if time.monotonic() - asked > ASK_SECONDS:
-                state, asked = str(flower.status(number)["status"]), time.monotonic()
+                state, asked = _state(flower, number), time.monotonic()
                 if state.startswith(ENDED):
                     break
             time.sleep(POLL_SECONDS)
@@ -166,8 +172,22 @@ def _follow(place: Home, chosen: RunConfig, shown: int = 0) -> None:
     finally:
         show.close()
     if state != f"{ENDED}:completed":
-        raise FederationError(f"{chosen.name}: {_reason(flower.log(number), state)}; `fedsb logs {chosen.name}` shows everything")
+        again = f", and `fedsb resume {chosen.name}` goes on from its last finished round" if folder.exists() else ""
+        why = _reason(flower.log(number), state)
+        raise FederationError(f"{chosen.name}: {why}; `fedsb logs {chosen.name}` shows everything{again}")
     show_summary(json.loads((folder / "summary.json").read_text()), str(folder / "adapters"))
+
+
+def _state(flower: Flower, number: str) -> str:
+    """A run's state at Flower; a server that is being started anew is waited for. Raises DeployError if it stays away."""
+    deadline = time.monotonic() + AWAY_SECONDS
+    while True:
+        try:
+            return str(flower.status(number)["status"])
+        except DeployError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(POLL_SECONDS)
 
 
 def _show_new(show: Any, folder: Path, shown: int) -> int:

@@ -20,6 +20,11 @@ def admit(home: Home, key: Path, name: str) -> Admitted:
     if not SITE_NAME.fullmatch(name):
         raise DeployError(f"{name!r} is no name of a site (a-z, 0-9, dot, dash, underscore); choose another")
     check_public_key(key)
+    with home.turn():
+        return _admit(home, key, name)
+
+
+def _admit(home: Home, key: Path, name: str) -> Admitted:
     digest, sites = sha256_of(key), home.admitted()
     if name in sites and sites[name].key_sha256 == digest:
         return sites[name]
