@@ -118,7 +118,7 @@ def _running(home: Path) -> Home:
 
 
 def _runs(place: Home) -> list[dict[str, Any]]:
-    flower, found = Flower(place), []
+    states, found = Flower(place).statuses(), []
     for name, number in place.started().items():
         events = read_events(place.runs / name / "events.jsonl")
         rounds = [event for event in events if event["event"] == "round"]
@@ -126,7 +126,7 @@ def _runs(place: Home) -> list[dict[str, Any]]:
         found.append(
             {
                 "run": name,
-                "status": flower.status(number)["status"],
+                "status": states.get(number, "unknown"),
                 "round": f"{last.get('round', 0)}/{last['rounds']}" if rounds else "0",
                 "loss": round(last["loss"], 4) if rounds else None,
                 "bytes_up": sum(event["up"] for event in rounds),

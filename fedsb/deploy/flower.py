@@ -36,6 +36,10 @@ class Flower:
         found: dict[str, Any] = runs[0]
         return found
 
+    def statuses(self) -> dict[str, str]:
+        """Number → status of every run, asked for at once."""
+        return {str(run["run-id"]): str(run["status"]) for run in self._ask("ls", CONNECTION)["runs"]}
+
     def log(self, number: str) -> str:
         """What the ServerApp has printed so far."""
         return self._call("log", number, CONNECTION, "--show").stdout
