@@ -143,6 +143,25 @@ class FederationSection(Section):
     min_clients: PositiveInt = Field(1, description="clients needed to start, and usable replies needed to count a round")
     weighting: Literal["examples", "uniform"] = Field("examples", description="weight of a client in the mean")
     wire_dtype: Literal["fp32", "bf16"] = Field("fp32", description="dtype in which cores travel")
+    over_sample: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
+        1.0,
+        description="how many times more clients are asked than `fraction` wants; a round is over once the wanted number of "
+        "usable replies is in, and the rest are cut off. Which replies come first is chance, so above 1 two runs on real "
+        "sites differ",
+    )
+    max_update_norm: PositiveFloat | Literal["auto"] = Field(
+        "auto",
+        description="what a reply may differ by from the state that was sent. `auto`: each number by as much as AdamW's steps "
+        "can move it; a number: besides, the L2 norm of the whole difference",
+    )
+    max_examples: PositiveInt | None = Field(
+        None, description="a client that says it has more examples than this counts as one that has as many (default: no limit)"
+    )
+    strikes: NaturalInt = Field(
+        3,
+        description="refused replies after which a client is left out of the rest of the run; 0: never. Silence, an error and "
+        "a policy's refusal are no strikes",
+    )
     wait_seconds: PositiveFloat = Field(300.0, description="longest wait for min_clients to appear, s")
     round_seconds: PositiveFloat = Field(3600.0, description="longest wait for the replies of one round, s")
 
@@ -200,6 +219,8 @@ class RunConfig(Section):
             raise ValueError("federation.names has a name twice; give each client its own")
         if self.federation.min_clients > self.federation.clients:
             raise ValueError("federation.min_clients is larger than federation.clients; lower it")
+        if self.federation.over_sample > 1 and self.federation.fraction == 1:
+            raise ValueError("federation.over_sample has nobody more to ask where fraction = 1; lower federation.fraction")
         if (self.basis.source == "public") != (self.basis.public is not None):
             raise ValueError('basis.source = "public" and a [basis.public] section go together; set both or neither')
         if self.basis.source != "public" and (self.basis.r0 == "paper" or self.basis.sign):
@@ -217,9 +238,10 @@ class RunConfig(Section):
         return self.federation.names or tuple(f"client-{i:0{width}d}" for i in range(self.federation.clients))
 
     def digest(self) -> str:
-        """SHA-256 over all that decides the result, so over everything but `[runtime]` and the longest waits."""
-        waits = {"wait_seconds", "round_seconds"}
-        content = self.model_dump(mode="json", exclude={"runtime": True, "federation": waits})
+        """SHA-256 over all that decides the result of clients that answer as they should: so over everything but `[runtime]`,
+        the longest waits, and the strikes."""
+        patience = {"wait_seconds", "round_seconds", "strikes"}
+        content = self.model_dump(mode="json", exclude={"runtime": True, "federation": patience})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_toml(self) -> str:

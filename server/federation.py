@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 
 from fedsb.adapters.attach import attach, initial_state, layout_of
 from fedsb.adapters.state import CORE, Layout
-from fedsb.aggregation.checks import check_equal
+from fedsb.aggregation.checks import Strikes, check_equal, check_size
 from fedsb.aggregation.error import AggregationError
 from fedsb.basis.frames import Basis
 from fedsb.basis.spectral import seeded
@@ -23,6 +23,7 @@ from fedsb.report.journal import Journal
 from fedsb.store import adapters, checkpoint
 from fedsb.store.basis_files import load_basis, save_basis
 from fedsb.store.files import read_events
+from fedsb.training.loop import personal_plan
 from fedsb.training.start import build_basis, can_rebuild, needs_weights
 from strategies.fedsb import FedSB
 from strategies.records import (
@@ -36,10 +37,12 @@ from strategies.records import (
     Identity,
     Order,
     bytes_of,
+    largest_reply,
     metric,
     order_message,
     pack_basis,
     pack_state,
+    size_of,
     unpack_state,
 )
 from strategies.rounds import Exchange, RoundResult, Traffic, wait_for_nodes
@@ -57,6 +60,8 @@ class Federation:
         self.asked: set[int] = set()
         self.traffic = Traffic()
         self.history: list[dict[str, Any]] = []
+        self.last = checkpoint.latest(folder, config.digest())
+        self.strikes = Strikes(config.federation.strikes, self.last.progress["strikes"] if self.last else {})
         journal.tell(
             "start",
             run=config.name,
@@ -104,10 +109,12 @@ class Federation:
         """Take in nodes that are there and not in the roster: all who come late take part from the next round on.
 
         Each is first asked what it has, or can rebuild; B and A go only to those that have another basis or none. A node
-        that was refused or did not answer is asked again only once it has been away: so it cannot hold up every round.
+        that was refused or did not answer is asked again only once it has been away: so it cannot hold up every round. Who is
+        left out is not asked.
         """
         online = set(self.grid.get_node_ids()) if nodes is None else set(nodes)
-        new = sorted(online - self.roster.keys() - self.asked)
+        out = {node for node, name in self._admitted().items() if self.strikes.out(name)}
+        new = sorted(online - self.roster.keys() - self.asked - out)
         self.asked = self.asked & online | set(new)
         if not new:
             return
@@ -120,11 +127,11 @@ class Federation:
     def strategy(self, basis: Basis) -> FedSB:
         """Step 2's strategy."""
         error = AggregationError(basis, seeded(self.config.seed, "probe"))
-        return FedSB(self.config, self.layout, basis.fingerprint, self.roster, error, self.journal.tell)
+        return FedSB(self.config, self.layout, basis.fingerprint, self.roster, self.strikes, error, self.journal.tell)
 
     def restore_or_start(self, basis: Basis) -> tuple[int, ArrayRecord]:
         """The last finished round and its state; before the first round, the core at the start."""
-        last = checkpoint.latest(self.folder, self.config.digest())
+        last = self.last
         if last is None:
             state = initial_state(self.layout, self.config.seed) | {name + CORE: r0 for name, r0 in basis.R0.items()}
             return 0, pack_state(self.layout.flatten(state), self.config.federation.wire_dtype)
@@ -156,10 +163,11 @@ class Federation:
         self.history.append(entry)
         state = self.layout.unflatten(unpack_state(result.arrays))
         basis = self._stored_basis()
-        progress = {"bytes": vars(self.traffic), "history": self.history}
+        progress = {"bytes": vars(self.traffic), "history": self.history, "strikes": self.strikes.counts}
         digest, model = self.config.digest(), self.source.sha256
         checkpoint.save(self.folder, checkpoint.Checkpoint(result.round, state, digest, basis, model, progress))
-        self._name_silent(result.round, result.silent)
+        self._name("silent", result.round, result.silent)
+        self._name("late", result.round, result.late)
         self.journal.tell("round", rounds=self.config.federation.rounds, **entry)
 
     def personalise(self, strategy: FedSB, state: ArrayRecord) -> None:
@@ -176,11 +184,12 @@ class Federation:
         exchange = Exchange(self.grid, self.config.federation.round_seconds)
         order = strategy.order(rounds)
         messages = [order_message(node, PERSONALISE, order, state) for _, node in sorted((n, i) for i, n in missing.items())]
-        for client, reply in strategy.accepted(rounds, exchange(messages)):
+        strategy.expect(state, personal_plan(self.config), "fp32")
+        for client, reply in strategy.accepted(rounds, exchange(messages), self.layout.size):
             try:
                 seconds = metric(reply, SECONDS)
                 loss = {"loss": metric(reply, LOSS)} if self.config.personal.steps else {}
-                personal = None if KEPT in reply.content[METRICS] else strategy.usable(reply)
+                personal = None if KEPT in reply.content[METRICS] else strategy.usable(reply)[0]
             except ReplyError as error:
                 strategy.refuse(rounds, client, error)
                 continue
@@ -201,7 +210,7 @@ class Federation:
                 task=Identity.of(reply).task,
             )
         self.traffic.add(exchange.traffic)
-        self._name_silent(rounds, exchange.silent)
+        self._name("silent", rounds, exchange.silent)
         self.journal.tell(
             "personalised",
             clients=len(adapters.clients(store)),
@@ -222,7 +231,7 @@ class Federation:
                 found[each][client] = scores[each]
                 self.journal.tell("scored", which=each, client=client, **scores[each])
         self.traffic.add(exchange.traffic)
-        self._name_silent(rounds, exchange.silent)
+        self._name("silent", rounds, exchange.silent)
         return found
 
     def _model(self, *, with_weights: bool) -> Any:
@@ -238,13 +247,13 @@ class Federation:
         """
         exchange = Exchange(self.grid, self.config.federation.round_seconds)
         order = Order(self.config.to_json(), 0, basis.fingerprint)
-        admitted = {int(site.node): name for name, site in Home(self.home).admitted().items()} if self.home else {}
-        behind = {}
+        admitted, behind = self._admitted(), {}
         for reply in exchange([order_message(node, PREPARE, order, arrays) for node in nodes]):
             node = reply.metadata.src_node_id
             try:
                 if reply.has_error():
                     raise ReplyError(f"failed: {reply.error.reason}")
+                check_size(size_of(reply), largest_reply(0, "fp32"))
                 identity = Identity.of(reply)
                 check_equal("round", identity.round, 0)
                 check_equal("layout", identity.layout, self.layout.fingerprint)
@@ -253,6 +262,8 @@ class Federation:
                     raise ReplyError(f"bears the name {identity.client[:63]!r}, which is none (a-z, 0-9, dot, dash, underscore)")
                 if self.home:
                     check_equal("site", identity.client, admitted.get(node, "none that was admitted"))
+                if self.strikes.out(identity.client):
+                    raise ReplyError(f"is {identity.client}, which was left out of this run")
                 if any(name == identity.client for other, name in self.roster.items() if other in online):
                     raise ReplyError(f"bears the name {identity.client}, which another client has")
             except ReplyError as error:
@@ -268,17 +279,21 @@ class Federation:
         self.traffic.basis += exchange.traffic.down if arrays is not None else 0
         self.traffic.down += exchange.traffic.down if arrays is None else 0
         self.traffic.up += exchange.traffic.up
-        self._name_silent(0, exchange.silent)
+        self._name("silent", 0, exchange.silent)
         return behind
+
+    def _admitted(self) -> dict[int, str]:
+        """Node id → the name that it was admitted under; empty in a simulation."""
+        return {int(site.node): name for name, site in Home(self.home).admitted().items()} if self.home else {}
 
     def _personal_traffic(self, published: list[str]) -> list[Traffic]:
         """What was moved for clients that published before this run was resumed; told before they published."""
         told = {e["client"]: e for e in read_events(self.journal.path) if e["event"] == "personal"}
         return [Traffic(up=told[name]["up"], down=told[name]["down"]) for name in published if name in told]
 
-    def _name_silent(self, server_round: int, nodes: list[int]) -> None:
+    def _name(self, event: str, server_round: int, nodes: list[int]) -> None:
         for node in nodes:
-            self.journal.tell("silent", round=server_round, client=self.roster.get(node, f"node {node}"))
+            self.journal.tell(event, round=server_round, client=self.roster.get(node, f"node {node}"))
 
     def _stored_basis(self) -> str:
         stored = sorted((self.folder / "basis").glob("*.safetensors"))

@@ -7,20 +7,22 @@ arithmetic of its own.
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from typing import Any, Literal
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from fedsb.adapters.state import Layout
-from fedsb.aggregation.checks import check_equal, check_vector, check_weight
+from fedsb.adapters.state import HEAD, Layout
+from fedsb.aggregation.checks import Reach, Strikes, check_equal, check_size, check_vector, check_weight
 from fedsb.aggregation.error import AggregationError
 from fedsb.aggregation.mean import Mean
 from fedsb.config import RunConfig
 from fedsb.errors import ReplyError
+from fedsb.training.loop import Plan, largest_update, round_plan
 from strategies.records import (
     ARRAYS,
     EVALUATE,
@@ -33,9 +35,11 @@ from strategies.records import (
     WHICH,
     Identity,
     Order,
+    largest_reply,
     metric,
     order_message,
     pack_state,
+    size_of,
     unpack_state,
 )
 
@@ -49,7 +53,8 @@ class FedSB(Strategy):
         config: the run.
         layout: names and shapes of a state.
         basis: fingerprint of the basis.
-        roster: node id → client name, kept up to date by the server.
+        roster: node id → client name, kept up to date by the server; who is left out goes from it.
+        strikes: refused replies so far.
         error: measures the aggregation error on the real matrices.
         tell: called with an event's name and fields, for the journal.
     """
@@ -59,48 +64,77 @@ class FedSB(Strategy):
         config: RunConfig,
         layout: Layout,
         basis: str,
-        roster: Mapping[int, str],
+        roster: MutableMapping[int, str],
+        strikes: Strikes,
         error: AggregationError,
         tell: Tell,
     ) -> None:
         self.config, self.layout, self.basis = config, layout, basis
-        self.roster, self.error, self.tell = roster, error, tell
+        self.roster, self.strikes, self.error, self.tell = roster, strikes, error, tell
 
     def order(self, server_round: int, which: str = "") -> Order:
         """What clients are told in a round."""
         return Order(self.config.to_json(), server_round, self.basis, which)
 
-    def sample(self, server_round: int) -> list[int]:
-        """Nodes of the clients drawn for a round: by name and seed, so independent of node ids and order of arrival."""
+    def sample(self, server_round: int) -> tuple[list[int], int]:
+        """Nodes of the clients drawn for a round, and how many usable replies are wanted of them.
+
+        Drawn by name and seed, so independent of node ids and order of arrival.
+        """
         by_name = sorted((name, node) for node, name in self.roster.items())
         federation = self.config.federation
         share = math.ceil(round(federation.fraction * len(by_name), 9))  # 0.07 of 100 clients is 7, whatever floats say
-        wanted = max(federation.min_clients, share)
-        drawn = random.Random(f"{self.config.seed}:sample:{server_round}").sample(by_name, min(wanted, len(by_name)))
-        return [node for _, node in sorted(drawn)]
+        wanted = min(max(federation.min_clients, share), len(by_name))
+        asked = min(math.ceil(round(federation.over_sample * wanted, 9)), len(by_name))
+        drawn = random.Random(f"{self.config.seed}:sample:{server_round}").sample(by_name, asked)
+        return [node for _, node in sorted(drawn[:wanted]) + sorted(drawn[wanted:])], wanted
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """The global state to every client drawn for this round."""
-        return [order_message(node, TRAIN, self.order(server_round), arrays) for node in self.sample(server_round)]
+        nodes, self.wanted = self.sample(server_round)
+        self.expect(arrays, round_plan(self.config, server_round), self.config.federation.wire_dtype)
+        return [order_message(node, TRAIN, self.order(server_round), arrays) for node in nodes]
+
+    def expect(self, arrays: ArrayRecord, plan: Plan, dtype: Literal["fp32", "bf16"]) -> None:
+        """Remember which states can come back from this one, and in which dtype, for `accepted` and `usable`."""
+        core, head = largest_update(plan)
+        shapes = self.layout.shapes
+        largest = {name: torch.full(shape, head if name.startswith(HEAD) else core) for name, shape in shapes}
+        limit = self.config.federation.max_update_norm
+        self.reach = Reach.of(
+            unpack_state(arrays),
+            self.layout.flatten(largest),
+            plan.count,
+            bf16=dtype == "bf16",
+            norm=None if limit == "auto" else limit,
+        )
+        self.dtype = dtype
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The exact mean of the cores that pass their checks; None if fewer than `min_clients` do."""
+        """The exact mean of the cores that pass their checks; None if fewer than `min_clients` do.
+
+        Where more were asked than are wanted, no reply is looked at once the wanted number has passed.
+        """
+        federation = self.config.federation
         mean, losses = Mean(self.layout.size), Mean(1)
         self.error.start()
-        for client, reply in self.accepted(server_round, replies):
+        for client, reply in self.accepted(server_round, replies, self.layout.size):
             try:
                 examples, loss, seconds = metric(reply, EXAMPLES), metric(reply, LOSS), metric(reply, SECONDS)
                 check_weight(examples)
-                vector = self.usable(reply)
+                vector, norm = self.usable(reply)
             except ReplyError as error:
                 self.refuse(server_round, client, error)
                 continue
-            weight = float(examples) if self.config.federation.weighting == "examples" else 1.0
+            counted = min(examples, federation.max_examples or examples)
+            weight = float(counted) if federation.weighting == "examples" else 1.0
             mean.add(vector, weight)
             losses.add(vector.new_tensor([loss]), weight)
             self.error.add(self.layout.unflatten(vector), weight)
-            self.tell("reply", round=server_round, client=client, loss=loss, seconds=seconds)
-        if mean.count < self.config.federation.min_clients:
+            self.tell("reply", round=server_round, client=client, examples=examples, loss=loss, norm=norm, seconds=seconds)
+            if federation.over_sample > 1 and mean.count == self.wanted:
+                break
+        if mean.count < federation.min_clients:
             return None, None
         average = mean.result()
         record = pack_state(average, self.config.federation.wire_dtype)
@@ -130,7 +164,7 @@ class FedSB(Strategy):
 
     def scores(self, server_round: int, replies: Iterable[Message]) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
         """Each client's own scores: its name, and base | global | personal → loss, exact_match, n, task."""
-        for client, reply in self.accepted(server_round, replies):
+        for client, reply in self.accepted(server_round, replies, 0):
             try:
                 n, task = metric(reply, EXAMPLES), Identity.of(reply).task
                 check_weight(n)
@@ -151,14 +185,20 @@ class FedSB(Strategy):
                 continue
             yield client, score
 
-    def accepted(self, server_round: int, replies: Iterable[Message]) -> Iterator[tuple[str, Message]]:
-        """The replies that answer this round's question, with their clients' names; the others are refused and named."""
+    def accepted(self, server_round: int, replies: Iterable[Message], numbers: int) -> Iterator[tuple[str, Message]]:
+        """The replies that answer this round's question, with their clients' names; the others are refused and named.
+
+        `numbers`: how many the state in a reply has; 0 if there is to be none.
+        """
+        most = largest_reply(numbers, self.dtype if numbers else "fp32")
         answered: set[str] = set()
         for reply in replies:
             client = self.roster.get(reply.metadata.src_node_id, f"node {reply.metadata.src_node_id}")
             try:
-                if reply.has_error():
-                    raise ReplyError(f"failed: {reply.error.reason}")
+                if reply.has_error():  # also a refusal by the site's policy: no strike, since nothing false was said
+                    self.tell("refused", round=server_round, client=client, reason=f"failed: {reply.error.reason}")
+                    continue
+                check_size(size_of(reply), most)
                 identity = Identity.of(reply)
                 check_equal("client", identity.client, client)
                 check_equal("round", identity.round, server_round)
@@ -172,19 +212,29 @@ class FedSB(Strategy):
             answered.add(client)
             yield client, reply
 
-    def usable(self, reply: Message) -> Tensor:
-        """The flat state of a reply. Raises ReplyError if there is none, or one that must not be counted."""
+    def usable(self, reply: Message) -> tuple[Tensor, float]:
+        """The flat state of a reply, and the norm of its difference from the one sent.
+
+        Raises ReplyError if there is none, or one that must not be counted.
+        """
         try:
             record = reply.content[ARRAYS]
         except KeyError:
             raise ReplyError("sent no arrays") from None
-        vector = unpack_state(record)
+        vector = unpack_state(record, self.dtype)
         check_vector(vector, self.layout.size)
-        return vector
+        return vector, self.reach.check(vector)
 
     def refuse(self, server_round: int, client: str, error: ReplyError) -> None:
-        """Write down who was left out of a round, and why."""
+        """Write down whose reply was refused, and why. After too many of them the client goes from the roster."""
         self.tell("refused", round=server_round, client=client, reason=str(error))
+        nodes = [node for node, name in self.roster.items() if name == client]
+        if nodes:
+            self.strikes.add(client)
+        if nodes and self.strikes.out(client):
+            for node in nodes:
+                del self.roster[node]
+            self.tell("left-out", round=server_round, client=client, refused=self.strikes.counts[client])
 
     def summary(self) -> None:
         """Nothing to log: the journal tells it."""

@@ -4,7 +4,6 @@ A state travels as one flat array, since Flower handles each array as an object 
 fingerprint. bf16 goes over the wire as bf16, which Flower's `Array` does not know, so it gets a code of its own.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from fedsb.basis.frames import Basis
 from fedsb.errors import ReplyError
+from fedsb.report.units import one_line
 
 PREPARE, TRAIN, PERSONALISE, EVALUATE = "query.prepare", "train", "train.personalise", "evaluate"
 ARRAYS, CONFIG, METRICS, IDENTITY, BASIS = "arrays", "config", "metrics", "identity", "basis"
@@ -22,6 +22,9 @@ EXAMPLES, LOSS, SECONDS, EXACT_MATCH = "num-examples", "loss", "seconds", "exact
 STATE = "state"
 KEPT = "kept"  # metric of a client whose policy keeps its personal adapter at home
 WHICH = ("base", "global", "personal")  # whose scores there are; a score's metrics are `global-loss`, `global-exact-match`
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ALLOWANCE = 1 << 16  # bytes of a reply beside its state: identity, metrics, keys, encodings
+LARGEST_METRIC = 1e9  # no loss, time or share of an honest client comes near it
 RAW_BF16 = "fedsb.bf16"  # little-endian bytes of a contiguous bf16 tensor
 
 
@@ -52,13 +55,16 @@ def pack_state(vector: Tensor, dtype: str) -> ArrayRecord:
     return ArrayRecord({STATE: to_array(vector, dtype)})
 
 
-def unpack_state(record: object) -> Tensor:
-    """A record → the flat state (size,), fp32. Raises ReplyError if there is none."""
+def unpack_state(record: object, dtype: str = "") -> Tensor:
+    """A record → the flat state (size,), fp32. Raises ReplyError if there is none, or if it travelled in another `dtype`."""
     if not isinstance(record, ArrayRecord):
         raise ReplyError(f"sent a {type(record).__name__} where arrays were expected")
     if list(record.keys()) != [STATE]:
         raise ReplyError(f"sent the arrays {sorted(record)[:3]} where ['{STATE}'] was expected")
-    return from_array(record[STATE]).to(torch.float32)
+    vector = from_array(record[STATE])
+    if dtype and vector.dtype != DTYPES[dtype]:
+        raise ReplyError(f"sent an array of {str(vector.dtype)[6:]} where {str(DTYPES[dtype])[6:]} was asked")
+    return vector.to(torch.float32)
 
 
 def pack_basis(basis: Basis) -> ArrayRecord:
@@ -144,7 +150,7 @@ class Identity:
                 int(config["round"]),  # type: ignore[arg-type]
                 str(config["basis"]),
                 str(config["layout"]),
-                str(config["task"]),
+                one_line(str(config["task"])),
                 str(config.get("model", "")),
             )
         except (KeyError, TypeError, ValueError):
@@ -174,12 +180,12 @@ def reply_content(
 
 
 def metric(message: Message, key: str) -> float:
-    """One number of a reply. Raises ReplyError if it is missing or no finite number."""
+    """One number of a reply. Raises ReplyError if it is missing or no number from 0 to `LARGEST_METRIC`."""
     try:
         value = message.content[METRICS][key]
     except KeyError:
         raise ReplyError(f"left out the metric {key}") from None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST_METRIC:
         raise ReplyError(f"sent {value!r} as metric {key}")
     return value
 
@@ -189,6 +195,20 @@ def bytes_of(message: Message) -> int:
     if not message.has_content():
         return 0
     return sum(len(key) + _size(value) for record in message.content.values() for key, value in record.items())
+
+
+def size_of(message: Message) -> int:
+    """`bytes_of` and all else that a sender chooses: names of records, and what each array says of itself."""
+    if not message.has_content():
+        return 0
+    arrays = [a for record in message.content.values() if isinstance(record, ArrayRecord) for a in record.values()]
+    labels = sum(len(array.dtype) + len(array.stype) + 8 * len(array.shape) for array in arrays)
+    return bytes_of(message) + sum(map(len, message.content)) + labels
+
+
+def largest_reply(size: int, dtype: str) -> int:
+    """Most bytes (`size_of`) of a reply with a state of `size` numbers; 0 numbers: a reply without one."""
+    return size * DTYPES[dtype].itemsize + ALLOWANCE
 
 
 def _size(value: object) -> int:

@@ -4,8 +4,9 @@ Flower's own loop waits without bound, loses the whole run to one bad reply and 
 `Strategy` interface, so Flower's strategies drop in.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -41,6 +42,7 @@ class RoundResult:
     metrics: MetricRecord | None
     traffic: Traffic
     silent: list[int]
+    late: list[int]
     seconds: float
 
 
@@ -54,37 +56,44 @@ class Exchange:
         grid: where the nodes are.
         seconds: the bound; replies that have not arrived by then are dropped.
         traffic: what this exchange moved, counted as it moves.
-        silent: nodes that had not answered in time.
+        silent: nodes that had not answered in time, or that Flower could not ask.
+        late: nodes that had not answered when the caller had enough replies and closed the generator.
     """
 
     grid: Grid
     seconds: float
     traffic: Traffic = field(default_factory=Traffic)
     silent: list[int] = field(default_factory=list)
+    late: list[int] = field(default_factory=list)
 
-    def __call__(self, messages: Iterable[Message]) -> Iterator[Message]:
+    def __call__(self, messages: Iterable[Message]) -> Generator[Message]:
         """Yield the replies in order of arrival."""
         outgoing = list(messages)
         for message in outgoing:
             message.metadata.ttl = self.seconds + LATE_SECONDS
         self.traffic.down += sum(map(bytes_of, outgoing))
         ids = list(self.grid.push_messages(outgoing))
-        waiting = dict(zip(ids, (m.metadata.dst_node_id for m in outgoing), strict=True))
+        asked = list(zip(ids, (m.metadata.dst_node_id for m in outgoing), strict=True))
+        waiting = {message_id: node for message_id, node in asked if message_id}
         deadline = time.monotonic() + self.seconds
-        while waiting:
-            progressed = False
-            for reply in self.grid.pull_messages(list(waiting)):
-                progressed = True
-                node = waiting.pop(reply.metadata.reply_to_message_id, None)
-                if node is not None:  # so a second reply to the same message is dropped
-                    reply.metadata.__dict__["_src_node_id"] = node  # Flower itself answers for a node that is gone
-                    self.traffic.up += bytes_of(reply)
-                    yield reply
-            if time.monotonic() > deadline:
-                break
-            if waiting and not progressed:
-                time.sleep(POLL_SECONDS)
-        self.silent = list(waiting.values())
+        try:
+            while waiting:
+                progressed = False
+                for reply in self.grid.pull_messages(list(waiting)):
+                    progressed = True
+                    node = waiting.pop(reply.metadata.reply_to_message_id, None)
+                    if node is not None:  # so a second reply to the same message is dropped
+                        reply.metadata.__dict__["_src_node_id"] = node  # Flower itself answers for a node that is gone
+                        self.traffic.up += bytes_of(reply)
+                        yield reply
+                if time.monotonic() > deadline:
+                    break
+                if waiting and not progressed:
+                    time.sleep(POLL_SECONDS)
+        except GeneratorExit:
+            self.late = list(waiting.values())
+            raise
+        self.silent = [node for message_id, node in asked if message_id in waiting or not message_id]
 
 
 def wait_for_nodes(grid: Grid, count: int, seconds: float) -> list[int]:
@@ -137,12 +146,15 @@ def run_rounds(
         admit()
         messages = list(strategy.configure_train(server_round, arrays, config(server_round), grid))
         before_round(server_round, len(messages))
-        aggregated, metrics = strategy.aggregate_train(server_round, exchange(messages))
+        with contextlib.closing(exchange(messages)) as replies:
+            aggregated, metrics = strategy.aggregate_train(server_round, replies)
         if aggregated is None:
             raise FederationError(
                 f"round {server_round}: too few usable replies from {len(messages)} clients ({len(exchange.silent)} did not "
                 f"answer within {seconds:.0f} s); events.jsonl names what was refused, and --resume tries the round again"
             )
         arrays = aggregated
-        after_round(RoundResult(server_round, arrays, metrics, exchange.traffic, exchange.silent, time.monotonic() - started))
+        seconds_taken = time.monotonic() - started
+        silent, late = exchange.silent, exchange.late
+        after_round(RoundResult(server_round, arrays, metrics, exchange.traffic, silent, late, seconds_taken))
     return arrays

@@ -109,6 +109,12 @@ def test_a_misspelt_key_is_named_with_a_near_one_and_its_file(tmp_path: Path) ->
         ("name=Übung", "name = 'Übung' will not do"),
         ("name=../up", "name = '../up' will not do"),
         ("federation.names=[]", None),
+        ("federation.over_sample=0.9", "federation.over_sample = 0.9 will not do"),
+        ("federation.over_sample=inf", "federation.over_sample = inf will not do"),
+        ("federation.max_update_norm=0", "federation.max_update_norm = 0 will not do"),
+        ("federation.max_update_norm=none", "federation.max_update_norm = 'none' will not do"),
+        ("federation.max_examples=0", "federation.max_examples = 0 will not do"),
+        ("federation.strikes=-1", "federation.strikes = -1 will not do"),
         ("federation=3", "federation = 3 will not do"),
         ("data.tasks=[]", "data.tasks = [] will not do"),
         ("data.tasks=[{name = 'x'}]", "data.tasks.0.source is missing; set it"),
@@ -130,6 +136,7 @@ def test_a_wrong_type_is_named(tmp_path: Path, override: str, said: str | None) 
         (['federation.names=["a", "b"]'], "federation.names lists 2 names for 4 clients"),
         (['federation.names=["a", "b", "a", "c"]'], "federation.names has a name twice"),
         (["federation.min_clients=5"], "federation.min_clients is larger than federation.clients"),
+        (["federation.over_sample=2.0"], "federation.over_sample has nobody more to ask where fraction = 1; lower"),
         (["basis.r0=paper"], 'basis.r0 = "paper" and basis.sign need'),
         (["basis.sign=true"], 'basis.r0 = "paper" and basis.sign need'),
         (["basis.source=public"], "set both or neither"),
@@ -235,10 +242,11 @@ CONFIG = RunConfig.model_validate(tomllib.loads(FULL))
 
 
 @pytest.mark.parametrize("path", _leaves(CONFIG), ids=lambda path: ".".join(map(str, path)))
-def test_the_digest_depends_on_everything_but_speed_and_waits(path: tuple[str | int, ...]) -> None:
+def test_the_digest_depends_on_everything_but_speed_and_patience(path: tuple[str | int, ...]) -> None:
     changed = _changed(CONFIG, path)
     assert isinstance(changed, RunConfig) and changed != CONFIG
-    assert (changed.digest() == CONFIG.digest()) == (path[0] == "runtime" or path[-1] in ("wait_seconds", "round_seconds"))
+    patience = ("wait_seconds", "round_seconds", "strikes")
+    assert (changed.digest() == CONFIG.digest()) == (path[0] == "runtime" or path[-1] in patience)
 
 
 def test_every_setting_has_a_description() -> None:

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedsb.report.units import one_line
 from fedsb.store.files import append_line
 
 
@@ -24,8 +25,9 @@ class Journal:
         self.path, self.screen = path, screen
 
     def tell(self, event: str, **fields: Any) -> None:
-        """Write an event down. Raises DiskError."""
-        entry = {"time": round(time.time(), 3), "event": event, **fields}
+        """Write an event down; texts, which a site may have written, on one line each. Raises DiskError."""
+        texts = {key: one_line(value) if isinstance(value, str) else value for key, value in fields.items()}
+        entry = {"time": round(time.time(), 3), "event": event, **texts}
         append_line(self.path, json.dumps(_writable(entry)))
         self.screen.show(entry)
 

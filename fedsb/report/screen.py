@@ -98,6 +98,10 @@ def sentence(event: dict[str, Any]) -> str:
             )
         case "refused":
             return f"round {event['round']}: {event['client']} was left out: it {event['reason']}"
+        case "left-out":
+            return f"round {event['round']}: {event['client']} is asked no more, after {event['refused']} refused replies"
+        case "late":
+            return f"round {event['round']}: {event['client']} was cut off: enough others had answered"
         case "silent":
             return f"round {event['round']}: {event['client']} did not answer in time"
         case "kept":

@@ -13,3 +13,10 @@ def human_bytes(count: float) -> str:
 def human_seconds(seconds: float) -> str:
     """Seconds below two minutes, minutes above: 4.2 s, 3 min 05 s."""
     return f"{seconds:.1f} s" if seconds < 120 else f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+
+
+def one_line(text: str, most: int = 500) -> str:
+    """A text that somebody else may have written, fit for a line of a table, a terminal or a log: at most `most` characters
+    and only printable ones, with each run of blanks as one."""
+    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text[: 2 * most].split()))
+    return line if len(line) <= most else line[: most - 1] + "…"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clients.app import app as client_app
 from fedsb.adapters.state import Layout
+from fedsb.aggregation.checks import Strikes
 from fedsb.aggregation.error import AggregationError
 from fedsb.basis.spectral import random_basis, seeded
 from fedsb.config import RunConfig
@@ -27,11 +28,18 @@ class Desk:
 
     def __init__(self, clients: int = 3, **federation: Any) -> None:
         sizes = {"clients": clients, "rounds": 3}
-        self.config: RunConfig = config_of(table("model", "jsonl:words", federation=sizes | federation))
+        far = {"learning_rate": 10.0, "head_learning_rate": 10.0, "warmup_steps": 0}  # random states are within reach of START
+        self.config: RunConfig = config_of(table("model", "jsonl:words", federation=sizes | federation, train=far))
         self.events: list[dict[str, Any]] = []
         self.roster = dict(enumerate(self.config.client_names, 2))
         self.strategy = FedSB(
-            self.config, LAYOUT, BASIS.fingerprint, self.roster, AggregationError(BASIS, seeded(0, "probe")), self.tell
+            self.config,
+            LAYOUT,
+            BASIS.fingerprint,
+            self.roster,
+            Strikes(self.config.federation.strikes, {}),
+            AggregationError(BASIS, seeded(0, "probe")),
+            self.tell,
         )
         self.grid = LocalGrid(client_app, node_configs(self.config.client_names, "sites"))
 

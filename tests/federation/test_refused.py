@@ -2,14 +2,14 @@
 
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord
 from torch import Tensor
 
 from fedsb.deploy.home import Admitted, Home
@@ -18,6 +18,7 @@ from server.local_grid import LocalGrid
 from strategies.records import EXACT_MATCH, EXAMPLES, LOSS, RAW_BF16, SECONDS, pack_state, unpack_state
 from tests.federation.bench import LAYOUT, Desk, Spoil, vectors
 from tests.federation.tiny import config_of, equal, events, federate, final_state, local_grid, personal_states, table
+from tests.federation.twisted import failure, twisted
 
 
 def _saved(numbers: np.ndarray) -> bytes:
@@ -60,6 +61,14 @@ def _arrays(make: Callable[[Tensor], ArrayRecord]) -> Spoil:
     return lambda desk, question, vector: desk.reply(question, make(vector))
 
 
+def _state(make: Callable[[Tensor], Tensor]) -> Spoil:
+    return _arrays(lambda vector: pack_state(make(vector), "fp32"))
+
+
+def _named(count: int) -> Callable[[Tensor], ArrayRecord]:
+    return lambda v: ArrayRecord({f"layer-{i:04d}": Array(v[:1].numpy()) for i in range(count)})
+
+
 def _metric(**metrics: Any) -> Spoil:
     return lambda desk, question, vector: desk.reply(question, vector, {k.replace("_", "-"): v for k, v in metrics.items()})
 
@@ -75,6 +84,22 @@ SPOILT: dict[str, tuple[Spoil, str]] = {
     "too many numbers": (_arrays(lambda v: pack_state(torch.cat([v, v]), "fp32")), "shape (70,) where (35,)"),
     "one number": (_arrays(lambda v: pack_state(v[:1], "fp32")), "shape (1,)"),
     "a matrix": (_arrays(lambda v: pack_state(v[None], "fp32")), "shape (1, 35)"),
+    "a number beyond its steps": (_state(lambda v: _with(v, 3, 35.0)), "moved a number by 35 where its steps can move it by 1"),
+    "a head beyond its steps": (_state(lambda v: _with(v, -1, -35.0)), "moved a number by 35"),
+    "100 times the norm": (_state(lambda v: 100 * v), "moved a number by"),
+    "the largest number there is": (_state(lambda v: _with(v, 0, 3.4e38)), "moved a number by 3.4e+38"),
+    "megabytes": (_state(lambda v: v.new_zeros(1 << 20)), "sent 4,194,"),
+    "a flood of tiny arrays": (_arrays(_named(2000)), "where an answer has 65,676 at the most"),
+    "a label without end": (_arrays(lambda v: _array(b"", "x" * 70_000)), "where an answer has 65,676 at the most"),
+    "a shape without end": (_arrays(lambda v: _array(b"", shape=(1,) * 9_000)), "where an answer has 65,676 at the most"),
+    "records without end": (
+        lambda d, q, v: _instead(d.reply(q, v), "x" * 70_000, ConfigRecord()),
+        "where an answer has 65,676 at the most",
+    ),
+    "metrics without end": (_metric(more=[1] * 9_000), "where an answer has 65,676 at the most"),
+    "some tiny arrays": (_arrays(_named(5)), "['layer-0000', 'layer-0001', 'layer-0002']"),
+    "long integers": (_arrays(lambda v: ArrayRecord({"state": Array(v.long().numpy())})), "int64"),
+    "bf16": (_arrays(lambda v: pack_state(v, "bf16")), "bfloat16 where float32"),
     "fp64": (_arrays(lambda v: ArrayRecord({"state": Array(v.double().numpy())})), "float64"),
     "fp16": (_arrays(lambda v: ArrayRecord({"state": Array(v.half().numpy())})), "float16"),
     "integers": (_arrays(lambda v: ArrayRecord({"state": Array(v.int().numpy())})), "int32"),
@@ -115,6 +140,9 @@ SPOILT: dict[str, tuple[Spoil, str]] = {
     "no loss": (_metric(loss=None), "loss"),
     "NaN loss": (_metric(loss=float("nan")), "nan as metric loss"),
     "infinite loss": (_metric(loss=float("inf")), "inf as metric loss"),
+    "a loss beyond all bounds": (_metric(loss=1e300), "1e+300 as metric loss"),
+    "a negative loss": (_metric(loss=-0.5), "-0.5 as metric loss"),
+    "negative seconds": (_metric(seconds=-1.0), "-1.0 as metric seconds"),
     "no seconds": (_metric(seconds=None), "seconds"),
 }  # fmt: skip
 
@@ -197,26 +225,9 @@ def test_a_bad_score_is_named_and_left_out() -> None:
     assert desk.refused["client-3"] == "left out all scores"
 
 
-class Twisted(LocalGrid):
-    """A LocalGrid whose replies go through `twist(kind, client's number, reply)`."""
-
-    twist: Callable[[str, int, Message], Iterable[Message]]
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
-        for reply in super().pull_messages(message_ids):
-            yield from self.twist(reply.metadata.message_type, reply.metadata.src_node_id - 2, reply)
-
-
-def _twisted(config: Any, out: Path, twist: Callable[[str, int, Message], Iterable[Message]]) -> Twisted:
-    grid = local_grid(config, out)
-    grid.__class__ = Twisted
-    grid.twist = twist  # type: ignore[attr-defined]
-    return grid  # type: ignore[return-value]
-
-
 def test_a_whole_run_goes_on_without_a_client_that_always_sends_nan(llama: str, words: str, tmp_path: Path) -> None:
     """Round after round, and as if it had never been asked; it is still scored, and gets no personal adapter."""
-    config = config_of(table(llama, words))
+    config = config_of(table(llama, words, federation={"strikes": 0}))
 
     def poison(kind: str, client: int, reply: Message) -> list[Message]:
         if client == 1 and kind.startswith("train"):
@@ -224,11 +235,11 @@ def test_a_whole_run_goes_on_without_a_client_that_always_sends_nan(llama: str, 
         return [reply]
 
     def drop(kind: str, client: int, reply: Message) -> list[Message]:
-        return [Message(Error(5, "gone"), reply_to=_asked(reply))] if client == 1 and kind == "train" else [reply]
+        return [failure(reply)] if client == 1 and kind == "train" else [reply]
 
     poisoned, without = tmp_path / "poisoned", tmp_path / "without"
-    summary = federate(config, poisoned, grid=_twisted(config, poisoned, poison))
-    federate(config, without, grid=_twisted(config, without, drop))
+    summary = federate(config, poisoned, grid=twisted(config, poisoned, poison))
+    federate(config, without, grid=twisted(config, without, drop))
     assert summary["trainable_parameters"] == 224
     assert equal(final_state(poisoned), final_state(without))
     assert [(e["round"], e["client"]) for e in events(poisoned, "refused")] == [(n, "client-1") for n in (1, 2, 3, 3)]
@@ -238,18 +249,11 @@ def test_a_whole_run_goes_on_without_a_client_that_always_sends_nan(llama: str, 
     assert {"client-0", "client-1", "client-2"} == summary["evaluation"]["global"].keys()
 
 
-def _asked(reply: Message) -> Message:
-    """A message whose reply has the metadata of `reply`."""
-    question = Message(RecordDict(), reply.metadata.src_node_id, reply.metadata.message_type)
-    question.metadata.__dict__["_message_id"] = reply.metadata.reply_to_message_id
-    return question
-
-
 def test_a_reply_that_comes_twice_counts_once(llama: str, words: str, tmp_path: Path) -> None:
     config = config_of(table(llama, words, federation={"rounds": 2}))
     once, twice = tmp_path / "once", tmp_path / "twice"
     expected = federate(config, once)
-    summary = federate(config, twice, grid=_twisted(config, twice, lambda kind, client, reply: [reply, reply]))
+    summary = federate(config, twice, grid=twisted(config, twice, lambda kind, client, reply: [reply, reply]))
     assert equal(final_state(once), final_state(twice))
     assert summary["bytes"] == expected["bytes"]
 
@@ -258,10 +262,10 @@ def test_too_few_clients_end_the_run_and_leave_its_events(llama: str, words: str
     config = config_of(table(llama, words, federation={"min_clients": 3}))
 
     def fail(kind: str, client: int, reply: Message) -> list[Message]:
-        return [Message(Error(2, "no memory"), reply_to=_asked(reply))] if client == 2 and kind == "train" else [reply]
+        return [failure(reply, "no memory")] if client == 2 and kind == "train" else [reply]
 
     with pytest.raises(FederationError, match=r"round 1: too few usable replies from 3 clients.*events.jsonl.*--resume"):
-        federate(config, out, grid=_twisted(config, out, fail))
+        federate(config, out, grid=twisted(config, out, fail))
     assert [(e["client"], e["reason"]) for e in events(out, "refused")] == [("client-2", "failed: no memory")]
     assert not (out / "checkpoints").exists()
     federate(config, out, resume=True)
@@ -275,11 +279,11 @@ def test_an_error_that_flower_itself_sends_is_named_after_the_client(llama: str,
     def gone(kind: str, client: int, reply: Message) -> list[Message]:
         if client != 1 or kind != "train":
             return [reply]
-        error = Message(Error(5, "Node unavailable"), reply_to=_asked(reply))
+        error = failure(reply, "Node unavailable")
         error.metadata.__dict__["_src_node_id"] = 1
         return [error]
 
-    federate(config, out, grid=_twisted(config, out, gone))
+    federate(config, out, grid=twisted(config, out, gone))
     assert [e["client"] for e in events(out, "refused")] == ["client-1"]
 
 
@@ -292,7 +296,7 @@ def test_a_client_needs_a_name_of_its_own(llama: str, words: str, out: Path, nam
             reply.content["identity"]["client"] = name
         return [reply]
 
-    summary = federate(config, out, grid=_twisted(config, out, rename))
+    summary = federate(config, out, grid=twisted(config, out, rename))
     (refused,) = events(out, "refused")
     assert (refused["client"], refused["round"]) == ("node 3", 0) and "bears the name" in refused["reason"]
     assert summary["clients"] == 2 and personal_states(out).keys() == {"client-0", "client-2"}
@@ -306,7 +310,7 @@ def test_two_clients_of_one_name_are_one_too_few(llama: str, words: str, out: Pa
         return [reply]
 
     with pytest.raises(FederationError, match=r"2 clients hold the basis where federation.min_clients = 3"):
-        federate(config, out, grid=_twisted(config, out, rename))
+        federate(config, out, grid=twisted(config, out, rename))
 
 
 @pytest.mark.parametrize(("key", "complaint"), [("layout", "answered for layout"), ("model", "answered for base model")])
@@ -320,7 +324,7 @@ def test_a_client_with_another_model_is_refused_before_the_first_round(
             reply.content["identity"][key] = "ef" * 32
         return [reply]
 
-    summary = federate(config, out, grid=_twisted(config, out, reshape))
+    summary = federate(config, out, grid=twisted(config, out, reshape))
     assert complaint in events(out, "refused")[0]["reason"]
     assert summary["clients"] == 2
 
@@ -336,7 +340,7 @@ def test_a_node_bears_only_the_name_that_it_was_admitted_under(llama: str, words
             reply.content["identity"]["client"] = "client-2"
         return [reply]
 
-    summary = federate(config, out, grid=_twisted(config, out, rename), home=home.folder)
+    summary = federate(config, out, grid=twisted(config, out, rename), home=home.folder)
     refused = {event["client"]: event["reason"] for event in events(out, "refused")}
     assert refused.keys() == {"node 3", "node 4"}
     assert "answered for site client-2 where client-1" in refused["node 3"]
@@ -352,7 +356,7 @@ def test_a_personal_adapter_that_is_missing_is_a_fault_and_not_a_policy(llama: s
             del reply.content["arrays"]
         return [reply]
 
-    federate(config, out, grid=_twisted(config, out, forget))
+    federate(config, out, grid=twisted(config, out, forget))
     assert [(e["client"], e["reason"]) for e in events(out, "refused")] == [("client-1", "sent no arrays")]
     assert not events(out, "kept")
 
@@ -383,16 +387,15 @@ def test_a_client_that_comes_late_takes_part_from_the_next_round_on(llama: str, 
 
 def test_a_client_that_comes_back_as_another_node_keeps_its_name(llama: str, words: str, out: Path) -> None:
     config = config_of(table(llama, words))
-    grid = local_grid(config, out)
-    contexts = grid._contexts
+    contexts: dict[int, Any] = {}
 
     def restart(kind: str, client: int, reply: Message) -> list[Message]:
         if kind == "train" and 3 in contexts:  # the site of client-1 ends, and starts anew without its node key
             contexts[9] = contexts.pop(3)
         return [reply]
 
-    grid.__class__ = Twisted
-    grid.twist = restart  # type: ignore[attr-defined]
+    grid = twisted(config, out, restart)
+    contexts = grid._contexts
     config = config.model_copy(update={"federation": config.federation.model_copy(update={"fraction": 0.1})})
     summary = federate(config, out, grid=grid)
     assert not events(out, "refused")

@@ -24,7 +24,7 @@ def test_an_event_is_one_line_and_one_showing(tmp_path: Path) -> None:
     screen = Recorder()
     journal = Journal(tmp_path / "events.jsonl", screen)
     journal.tell("round", round=1, loss=0.5, client="Ä")
-    journal.tell("end", reason="two\nlines")
+    journal.tell("end", reason="two lines")
     lines = (tmp_path / "events.jsonl").read_text().splitlines()
     assert len(lines) == 2 and [json.loads(line) for line in lines] == screen.seen
     assert [event["event"] for event in screen.seen] == ["round", "end"]
@@ -45,6 +45,16 @@ def test_a_number_that_json_lacks_is_null(tmp_path: Path) -> None:
     text = (tmp_path / "events.jsonl").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["loss"] is None
     assert math.isnan(screen.seen[0]["loss"])
+
+
+def test_what_a_site_wrote_is_one_short_line(tmp_path: Path) -> None:
+    screen = Recorder()
+    journal = Journal(tmp_path / "events.jsonl", screen)
+    journal.tell("refused", reason="failed: \x1b[2J two\nlines \u202e ")
+    journal.tell("refused", reason="x" * 10_000)
+    reasons = [event["reason"] for event in screen.seen]
+    assert reasons == ["failed: \ufffd[2J two lines \ufffd", "x" * 499 + "…"]
+    assert read_events(tmp_path / "events.jsonl") == screen.seen
 
 
 def test_what_cannot_be_written_is_an_error_not_a_silence(tmp_path: Path) -> None:

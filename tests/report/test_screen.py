@@ -17,6 +17,8 @@ EVENTS: list[dict[str, Any]] = [
     {"event": "stage", "title": "round 2/5", "clients": 2},
     {"event": "reply", "round": 2, "client": "a", "loss": 1.25, "seconds": 2.0},
     {"event": "silent", "round": 2, "client": "b"},
+    {"event": "late", "round": 2, "client": "c"},
+    {"event": "left-out", "round": 2, "client": "d", "refused": 3},
     {
         "event": "round",
         "rounds": 5,
@@ -41,6 +43,8 @@ LINES = [
     "round 0: node 7 was left out: it failed: out of memory",
     "resumed after round 1",
     "round 2: b did not answer in time",
+    "round 2: c was cut off: enough others had answered",
+    "round 2: d is asked no more, after 3 refused replies",
     "round 2/5  loss 1.250  up 1.7 MB  down 3.4 MB  aggregation error 2.5e-08  2 min 05 s",
     "personal adapters: 2 clients, up 999 B (7.0 s)",
 ]

@@ -1,19 +1,24 @@
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import PeftModel
 
 from fedsb.adapters.attach import attach
 from fedsb.adapters.state import get_state, parameters_of, set_state
-from fedsb.adapters.tuner import set_basis
+from fedsb.adapters.tuner import adapted_layers, set_basis
 from fedsb.basis.spectral import random_basis
 from fedsb.data.batches import draw
 from fedsb.training.loop import (
+    BETAS,
     FINAL_SHARE,
     PERSONAL_SHARE,
     Plan,
+    largest_update,
     learning_rate,
     personal_plan,
     round_plan,
@@ -195,3 +200,61 @@ def test_the_plans_of_a_run_follow_one_another() -> None:
     given = personal_plan(run_config(personal={"learning_rate": 0.07}))
     assert given.learning_rate == 0.07
     assert not round_plan(run_config(train={"schedule": "constant"}), 1).decay
+
+
+def _moved(gradients: Sequence[float], plan: Plan, dtype: torch.dtype = torch.float64) -> list[float]:
+    """Where the plan's AdamW steps have moved a number from 0, after each."""
+    number = torch.zeros(1, dtype=dtype, requires_grad=True)
+    optimiser = torch.optim.AdamW([number], lr=plan.learning_rate, betas=BETAS, weight_decay=0.0)
+    places = []
+    for step, gradient in enumerate(gradients, plan.first):
+        optimiser.param_groups[0]["lr"] = plan.learning_rate * plan.factor(step)
+        number.grad = torch.full((1,), gradient, dtype=dtype)
+        optimiser.step()
+        places.append(number.item())
+    return places
+
+
+def _steady(count: int) -> Plan:
+    return _plan(count=count, total=count, warmup=0, decay=False, learning_rate=1.0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 20, 400])
+def test_the_largest_step_is_that_of_growing_gradients(count: int) -> None:
+    """The bound is attained, and beyond the 3.16 times the learning rate that are often named."""
+    first, second = BETAS
+    places = [0.0, *_moved([(second / first) ** t for t in range(count)], _steady(count))]
+    largest = largest_update(_steady(count))[0] - largest_update(_steady(count - 1))[0]
+    assert abs(places[-1] - places[-2]) == pytest.approx(largest, rel=1e-6)
+    assert (largest > (1 - first) / math.sqrt(1 - second)) == (count == 400)
+
+
+gradients = st.lists(
+    st.floats(-(2.0**60), 2.0**60, width=32) | st.sampled_from([0.0, 1e-30, 1e-8, 1.0, -1.0, 1e30]), min_size=1, max_size=40
+)
+
+
+@given(gradients, st.integers(0, 30), st.integers(0, 5), st.booleans())
+def test_no_gradients_move_a_number_further_than_the_bound(gradients: list[float], first: int, warmup: int, decay: bool) -> None:
+    plan = _plan(first=first, count=len(gradients), total=70, warmup=warmup, decay=decay, learning_rate=0.3)
+    assert abs(_moved(gradients, plan, torch.float32)[-1]) <= largest_update(plan)[0] * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("first", [0, 6])
+def test_real_training_stays_within_the_bound_and_comes_near_it(first: int) -> None:
+    """So the bound has the learning rates and steps of `train`."""
+    plan = _plan(first=first, count=6, learning_rate=1e-2, head_learning_rate=1e-4)
+    model = attach(bert(hidden_dropout_prob=0, attention_probs_dropout_prob=0), run_config(model={"kind": "classification"}))
+    layers = {name: tuple(layer.base_layer.weight.shape) for name, layer in adapted_layers(model).items()}
+    set_basis(model, random_basis(layers, 4, 0))
+    before = get_state(model)
+    _train(model, plan, kind="classification")
+    core, head = largest_update(plan)
+    for most, heads in ((core, False), (head, True)):
+        names = [name for name in before if name.startswith("head.") == heads]
+        moved = max(float((get_state(model)[name] - before[name]).abs().max()) for name in names)
+        assert 0.7 * most < moved <= most * (1 + 1e-4)
+
+
+def test_no_steps_move_nothing() -> None:
+    assert largest_update(_plan(count=0)) == (0, 0)
