@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import uvicorn
@@ -19,6 +20,7 @@ from strategies.records import ARRAYS, IDENTITY, STATE, TRAIN, Order, pack_state
 from tests.faults.harness import SITES, Federation, until
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+HUGE = 1_000_000_000  # bytes
 Spoil = Callable[[RecordDict, Tensor], None]
 
 
@@ -37,12 +39,17 @@ def _as_fp64(reply: RecordDict, _: Tensor) -> None:
     reply[ARRAYS] = ArrayRecord({STATE: Array(unpack_state(reply[ARRAYS]).double().numpy())})
 
 
+def _hundredfold(reply: RecordDict, sent: Tensor) -> None:
+    reply[ARRAYS] = pack_state(sent + 100 * (unpack_state(reply[ARRAYS]) - sent), "fp32")
+
+
 FAULTS: list[tuple[Spoil, str]] = [
     (_sends(lambda v: v.index_fill(0, torch.tensor([3]), torch.nan)), "NaN or infinite"),
     (_sends(lambda v: v[:-1]), "shape (223,) where (224,)"),
     (_as_fp64, "float64 where float32"),
     (_says(round=1), "round 1 where 4"),
     (_says(basis="ab" * 32), "basis abababababababab where"),
+    (_hundredfold, "where its steps can move it by"),
 ]
 
 
@@ -78,7 +85,7 @@ def test_replies_that_must_not_count(federation: Federation, scratch: Path) -> N
         return reply
 
     with trainer(federation, "alpha", respond):
-        run = federation.start("replies", federation={"rounds": len(FAULTS) + 1})
+        run = federation.start("replies", federation={"rounds": len(FAULTS) + 1, "strikes": 0})
         run.whole()
     refused = {event["round"]: event["reason"] for event in run.events("refused", client="alpha")}
     assert len(run.events("refused")) == len(refused) == len(FAULTS)
@@ -88,4 +95,26 @@ def test_replies_that_must_not_count(federation: Federation, scratch: Path) -> N
     assert run.heard()[len(FAULTS) + 1] == set(SITES)
     (row,) = [row for row in federation.status()["runs"] if row["run"] == "replies"]
     assert row["refused"] == len(FAULTS)
+    run.assert_equals_simulation(scratch)
+
+
+def test_a_reply_of_a_gigabyte_and_a_site_that_goes_on_so(federation: Federation, scratch: Path) -> None:
+    """Numbers that all differ, since Flower sends equal parts once. The third refused reply is the site's last."""
+
+    def respond(kind: str, content: RecordDict, node: Node) -> RecordDict:
+        reply, number = answer(kind, content, node), Order.of(content).round
+        if kind == TRAIN and number == 1:
+            reply[ARRAYS] = ArrayRecord({STATE: Array(np.arange(HUGE // 4, dtype=np.int32).view(np.float32))})
+        elif kind == TRAIN:
+            FAULTS[0][0](reply, unpack_state(content[ARRAYS]))
+        return reply
+
+    with trainer(federation, "alpha", respond):
+        run = federation.start("huge", federation={"rounds": 4, "round_seconds": 180.0})
+        run.whole()
+    refused = [event["reason"] for event in run.events("refused", client="alpha")]
+    assert f"sent {HUGE:,} bytes"[:10] in refused[0] and "at the most" in refused[0]
+    assert [event["round"] for event in run.events("left-out", client="alpha")] == [3]
+    assert run.heard() == {number: {"beta", "gamma"} for number in (1, 2, 3, 4)}
+    assert not run.events("silent")
     run.assert_equals_simulation(scratch)
