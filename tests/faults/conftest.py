@@ -18,7 +18,7 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
         table(
             save_model(data / "model"),
             save_task(data / "words"),
-            federation={"clients": len(SITES), "names": SITES, "rounds": 2, "round_seconds": 120.0},
+            federation={"clients": len(SITES), "names": SITES, "rounds": 2, "round_seconds": 600.0},
             train={"steps": 20},
             runtime={"progress": "lines"},
         )

@@ -32,7 +32,7 @@ from tests.federation.tiny import assert_same_result, federate, local_grid
 
 SITES = ["alpha", "beta", "gamma"]
 PARTS = ("supernode", "executor", "trainer")
-SECONDS = 240.0  # after which what ought to happen has not happened
+SECONDS = 480.0  # after which what ought to happen has not happened
 POLL_SECONDS = 0.02
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from fedsb.deploy import processes
 from tests.faults.harness import PARTS, Federation, Run, until
 from tests.faults.proxy import Proxy
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
 CUT_SECONDS = 90.0
 ROUND_SECONDS = 25.0  # several times what a round takes, so that a busy machine loses nobody else
 CLOCK = """import datetime, time

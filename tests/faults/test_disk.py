@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import SITES, Federation
+from tests.faults.harness import SECONDS, SITES, Federation
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
 PAGE = 4096
 ROOM = 2 * PAGE  # enough for a dozen events, and not for a state of four pages
 
@@ -40,7 +40,7 @@ def test_disk_full_while_a_checkpoint_is_written(federation: Federation, scratch
         with federation.shown(run) as shown:
             run.wait("round", round=1)
             fill(ballast)
-            _, said = shown.communicate(timeout=300)
+            _, said = shown.communicate(timeout=SECONDS)
         assert shown.returncode == 2 and said.count("\n") == 1
         assert "No space left on device" in said and "free some space on that disk" in said and "fedsb resume full" in said
         done = len(list((run.folder / "checkpoints").glob("round-*")))

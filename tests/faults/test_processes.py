@@ -8,9 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.faults.harness import SITES, Federation, Run, until
+from tests.faults.harness import SECONDS, SITES, Federation, Run, until
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
 EVERYBODY = {1: set(SITES), 2: set(SITES)}
 
 
@@ -41,7 +41,7 @@ def test_a_server_killed_in_a_round_is_back_and_the_run_goes_on(federation: Fede
             os.kill(before, signal.SIGKILL)
             until(lambda: not psutil.pid_exists(before), "it is gone")
         assert federation.pid("superlink") != before
-        _, said = shown.communicate(timeout=300)
+        _, said = shown.communicate(timeout=SECONDS)
     assert (shown.returncode, said) == (0, "")
     assert [event["round"] for event in run.events("round")] == [1, 2] and not run.events("resumed")
     _assert_undisturbed(run, scratch)

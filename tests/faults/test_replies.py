@@ -19,7 +19,7 @@ from fedsb.deploy import processes
 from strategies.records import ARRAYS, IDENTITY, STATE, TRAIN, Order, pack_state, unpack_state
 from tests.faults.harness import SITES, Federation, until
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
 HUGE = 1_000_000_000  # bytes
 Spoil = Callable[[RecordDict, Tensor], None]
 
@@ -110,7 +110,7 @@ def test_a_reply_of_a_gigabyte_and_a_site_that_goes_on_so(federation: Federation
         return reply
 
     with trainer(federation, "alpha", respond):
-        run = federation.start("huge", federation={"rounds": 4, "round_seconds": 180.0})
+        run = federation.start("huge", federation={"rounds": 4, "round_seconds": 600.0})
         run.whole()
     refused = [event["reason"] for event in run.events("refused", client="alpha")]
     assert f"sent {HUGE:,} bytes"[:10] in refused[0] and "at the most" in refused[0]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import SITES, Federation, Run
+from tests.faults.harness import SECONDS, SITES, Federation, Run
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
 
 
 def _at_once(*runs: Run) -> list[tuple[int, str]]:
@@ -22,7 +22,7 @@ def _at_once(*runs: Run) -> list[tuple[int, str]]:
         )
         for run in runs
     ]
-    said = [process.communicate(timeout=240)[1] for process in started]
+    said = [process.communicate(timeout=SECONDS)[1] for process in started]
     return [(process.returncode, text) for process, text in zip(started, said, strict=True)]
 
 
