@@ -62,7 +62,8 @@ def trainer(federation: Federation, site: str, respond: Callable[[str, RecordDic
     node = {"name": site, "partition-id": SITES.index(site), "num-partitions": len(SITES), "folder": str(place)}
     path = processes.trainer_socket(federation.home, site)
     path.unlink(missing_ok=True)
-    server = uvicorn.Server(uvicorn.Config(trainer_app(node, respond), uds=str(path), log_level="warning", lifespan="off"))
+    config = uvicorn.Config(trainer_app(node, respond), uds=str(path), ws="none", log_level="warning", lifespan="off")
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
