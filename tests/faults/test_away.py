@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedsb.deploy import processes
-from tests.faults.harness import PARTS, Federation, Run, until
+from tests.faults.harness import LONG, PARTS, Federation, Run, until
 from tests.faults.proxy import Proxy
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
@@ -39,7 +39,7 @@ def test_client_process_killed_and_network_cut(federation: Federation, scratch: 
     port = federation.home.topology().port
     with Proxy(port) as network, federation.changed("site-gamma-supernode", command=(f":{port}", f":{network.port}")):
         until(lambda: len(federation.online()) == 3, "gamma is online through the proxy")
-        run = federation.start("away", federation={"rounds": 14, "round_seconds": ROUND_SECONDS})
+        run = federation.start("away", train=LONG, federation={"rounds": 14, "round_seconds": ROUND_SECONDS})
         with federation.in_training(run, 2, "alpha", "gamma"):
             network.cut()
             since = time.monotonic()
@@ -68,7 +68,7 @@ def test_clock_off_and_site_killed(federation: Federation, tmp_path: Path, scrat
     with federation.changed("site-alpha-supernode", PYTHONPATH=str(tmp_path)):
         until(lambda: federation.online() == {"beta", "gamma"}, "alpha is not let in")
         run = federation.start(
-            "clock", federation={"rounds": 9, "round_seconds": ROUND_SECONDS, "min_clients": 1, "wait_seconds": 60.0}
+            "clock", train=LONG, federation={"rounds": 9, "round_seconds": ROUND_SECONDS, "min_clients": 1, "wait_seconds": 60.0}
         )
         run.wait("round", round=1)
         assert "401" in log.read_bytes()[before:].decode()

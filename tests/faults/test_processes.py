@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.faults.harness import SECONDS, SITES, Federation, Run, until
+from tests.faults.harness import LONG, SECONDS, SITES, Federation, Run, until
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
 EVERYBODY = {1: set(SITES), 2: set(SITES)}
@@ -25,7 +25,7 @@ def _assert_undisturbed(run: Run, scratch: Path) -> None:
 
 def test_a_trainer_killed_in_training_comes_back_and_answers(federation: Federation, scratch: Path) -> None:
     """The site's question is put to the new trainer, so nothing is missing from the round."""
-    run = federation.start("trainer")
+    run = federation.start("trainer", train=LONG)
     with federation.in_training(run, 1, "alpha") as trainer:
         os.kill(trainer["alpha"], signal.SIGKILL)
     assert until(lambda: federation.pid("site-alpha-trainer") != trainer["alpha"], "a new trainer")
@@ -34,7 +34,7 @@ def test_a_trainer_killed_in_training_comes_back_and_answers(federation: Federat
 
 def test_a_server_killed_in_a_round_is_back_and_the_run_goes_on(federation: Federation, scratch: Path) -> None:
     """The SuperLink, while all sites train: it comes back with its database; the ServerApp, the sites and `fedsb run` wait."""
-    run = federation.open("superlink")
+    run = federation.open("superlink", train=LONG)
     with federation.shown(run) as shown:
         with federation.in_training(run, 2, *SITES):
             before = federation.pid("superlink")
