@@ -11,7 +11,7 @@ from tests.faults.proxy import Proxy
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
 CUT_SECONDS = 90.0
-ROUND_SECONDS = 25.0  # several times what a round takes, so that a busy machine loses nobody else
+ROUND_SECONDS = 45.0  # many times what a round takes, so that a busy machine loses nobody else
 CLOCK = """import datetime, time
 real, wall = datetime.datetime, time.time
 class datetime_(real):
@@ -34,7 +34,7 @@ def _back(run: Run, site: str, after: int) -> int:
 def test_client_process_killed_and_network_cut(federation: Federation, scratch: Path) -> None:
     """Alpha loses the process in which Flower runs its ClientApp, in training; gamma's network is cut for 90 s, in training.
 
-    Flower notices the first after a minute and the second too; beta's rounds are over after `round_seconds`.
+    Flower notices either after a minute; the first round without them is over after `round_seconds`.
     """
     port = federation.home.topology().port
     with Proxy(port) as network, federation.changed("site-gamma-supernode", command=(f":{port}", f":{network.port}")):
