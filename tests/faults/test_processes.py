@@ -65,7 +65,7 @@ def test_a_serverapp_killed_while_it_writes_a_checkpoint(federation: Federation,
         server.resume()
         return False
 
-    until(caught, "a checkpoint is being written", poll=0)
+    until(caught, "a checkpoint is being written", poll=0.0002)
     server.kill()
     done = len([name for name in os.listdir(folder) if not name.startswith(".")])
     assert any(staged.fullmatch(name) for name in os.listdir(folder))
