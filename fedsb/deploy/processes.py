@@ -155,7 +155,7 @@ def _server_executor(home: Home, topology: Topology) -> tuple[str, list[str], di
 
 
 def _supernode(home: Home, topology: Topology, site: LocalSite) -> tuple[str, list[str], dict[str, str]]:
-    command = ["flower-supernode", "--superlink", f"{HOST}:{topology.port}", "--isolation", "process"]
+    command = ["python", "-m", "clients.node", "--superlink", f"{HOST}:{topology.port}", "--isolation", "process"]
     command += ["--root-certificates", str(home.tls.ca.resolve()), "--host", HOST, "--port", str(site.port)]
     command += ["--auth-supernode-private-key", str(home.site(site.name).resolve() / "key")]
     return f"site-{site.name}-supernode", command, {}
