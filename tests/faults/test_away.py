@@ -1,5 +1,6 @@
 """Sites that are away for a while: the rounds go on without them, and they take part again once they are back."""
 
+import os
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tests.faults.harness import LONG, PARTS, Federation, Run, until
 from tests.faults.proxy import Proxy
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
+ROOT = Path(__file__).parents[2]
 CUT_SECONDS = 90.0
 ROUND_SECONDS = 45.0  # many times what a round takes, so that a busy machine loses nobody else
 CLOCK = """import datetime, time
@@ -65,7 +67,7 @@ def test_clock_off_and_site_killed(federation: Federation, tmp_path: Path, scrat
     (tmp_path / "sitecustomize.py").write_text(CLOCK.format(minutes=10))
     log = federation.home.logs / "site-alpha-supernode.log"
     before = log.stat().st_size
-    with federation.changed("site-alpha-supernode", PYTHONPATH=str(tmp_path)):
+    with federation.changed("site-alpha-supernode", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}"):
         until(lambda: federation.online() == {"beta", "gamma"}, "alpha is not let in")
         run = federation.start(
             "clock", train=LONG, federation={"rounds": 9, "round_seconds": ROUND_SECONDS, "min_clients": 1, "wait_seconds": 60.0}
