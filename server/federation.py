@@ -58,7 +58,7 @@ class Federation:
         self.labels = len(labels_of(config)) or None
         self.layout: Layout = layout_of(self._model(with_weights=False))
         self.roster: dict[int, str] = {}
-        self.asked: set[int] = set()
+        self.pauses: dict[int, tuple[int, int]] = {}  # node → rounds until it is asked again, of so many in this pause
         self.traffic = Traffic()
         self.history: list[dict[str, Any]] = []
         self.last = checkpoint.latest(folder, config.digest())
@@ -110,13 +110,16 @@ class Federation:
         """Take in nodes that are there and not in the roster: all who come late take part from the next round on.
 
         Each is first asked what it has, or can rebuild; B and A go only to those that have another basis or none. A node
-        that was refused or did not answer is asked again only once it has been away: so it cannot hold up every round. Who is
-        left out is not asked.
+        that was refused or did not answer is asked again after 2, then 4, 8, … rounds, so that it cannot hold up every round,
+        and at once when it has been away. Who is left out is not asked.
         """
         online = set(self.grid.get_node_ids()) if nodes is None else set(nodes)
         out = {node for node, name in self._admitted().items() if self.strikes.out(name)}
-        new = sorted(online - self.roster.keys() - self.asked - out)
-        self.asked = self.asked & online | set(new)
+        self.pauses = {node: (left - 1, length) for node, (left, length) in self.pauses.items() if node in online}
+        new = sorted(node for node in online - self.roster.keys() - out if self.pauses.get(node, (0, 1))[0] <= 0)
+        for node in new:
+            length = 2 * self.pauses.get(node, (0, 1))[1]
+            self.pauses[node] = length, length
         if not new:
             return
         behind = self._prepare(basis, new, None, online)

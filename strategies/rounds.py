@@ -17,6 +17,7 @@ from fedsb.errors import FederationError
 from strategies.records import bytes_of
 
 POLL_SECONDS = 0.2
+LATE_SECONDS = 10.0  # for which a question outlives its round, since clocks differ by some seconds
 
 
 @dataclass
@@ -49,6 +50,8 @@ class RoundResult:
 class Exchange:
     """Sends messages and yields their replies, each as it comes, for at most `seconds`.
 
+    A question dies with its round, so a site that was away is not asked what nobody waits for any more.
+
     Attributes:
         grid: where the nodes are.
         seconds: the bound; replies that have not arrived by then are dropped.
@@ -66,6 +69,8 @@ class Exchange:
     def __call__(self, messages: Iterable[Message]) -> Generator[Message]:
         """Yield the replies in order of arrival."""
         outgoing = list(messages)
+        for message in outgoing:
+            message.metadata.ttl = self.seconds + LATE_SECONDS
         self.traffic.down += sum(map(bytes_of, outgoing))
         ids = list(self.grid.push_messages(outgoing))
         asked = list(zip(ids, (m.metadata.dst_node_id for m in outgoing), strict=True))

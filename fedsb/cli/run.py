@@ -25,6 +25,7 @@ from fedsb.store.files import read_events, write_file
 
 POLL_SECONDS = 0.5
 ASK_SECONDS = 5.0  # between two looks at whether the run is still alive
+AWAY_SECONDS = 120.0  # longest that the server may be away while a run is shown
 ENDED = "finished"
 Name = Annotated[str, typer.Argument(help="name of a run; by default the one started last")]
 
@@ -40,12 +41,13 @@ def run(
     """Run a federation on its sites, show its progress, and end with the table of `fedsb simulate`."""
     chosen = RunConfig.load(config, set_ or [])
     place = running(home)
-    if (place.runs / chosen.name).exists():
-        raise StoreError(
-            f"{place.runs / chosen.name} holds a run already; `fedsb resume {chosen.name}` goes on with it, "
-            "--set name=ANOTHER starts another"
-        )
-    _start(place, chosen, resume=False)
+    with place.turn():
+        if (place.runs / chosen.name).exists():
+            raise StoreError(
+                f"{place.runs / chosen.name} holds a run already; `fedsb resume {chosen.name}` goes on with it, "
+                "--set name=ANOTHER starts another"
+            )
+        _start(place, chosen, resume=False)
     if not detach:
         _follow(place, chosen)
 
@@ -61,11 +63,9 @@ def resume(
     path = place.runs / name / "config.toml"
     if not path.exists():
         raise StoreError(f"{place.runs / name} is no run; `fedsb status --home {home}` names those that there are")
-    number = place.started().get(name)
-    if number and not Flower(place).status(number)["status"].startswith(ENDED):
-        raise DeployError(f"{name} is still running; `fedsb logs {name}` shows it, `fedsb stop {name}` ends it")
-    chosen, before = RunConfig.load(path), len(read_events(place.runs / name / "events.jsonl"))
-    _start(place, chosen, resume=True)
+    with place.turn():
+        chosen, before = RunConfig.load(path), len(read_events(place.runs / name / "events.jsonl"))
+        _start(place, chosen, resume=True)
     if not detach:
         _follow(place, chosen, before)
 
@@ -128,7 +128,7 @@ def running(home: Path) -> Home:
 
 
 def _runs(place: Home) -> list[dict[str, Any]]:
-    flower, found = Flower(place), []
+    states, found = Flower(place).runs(), []
     for name, number in place.started().items():
         events = read_events(place.runs / name / "events.jsonl")
         rounds = [event for event in events if event["event"] == "round"]
@@ -136,7 +136,7 @@ def _runs(place: Home) -> list[dict[str, Any]]:
         found.append(
             {
                 "run": name,
-                "status": flower.status(number)["status"],
+                "status": states.get(number, {}).get("status", "unknown"),
                 "round": f"{last.get('round', 0)}/{last['rounds']}" if rounds else "0",
                 "loss": round(last["loss"], 4) if rounds else None,
                 "bytes_up": sum(event["up"] for event in rounds),
@@ -148,6 +148,12 @@ def _runs(place: Home) -> list[dict[str, Any]]:
 
 
 def _start(place: Home, chosen: RunConfig, *, resume: bool) -> None:
+    """Start a run, in the turn of this command. Raises DeployError if it is under way, begun perhaps a moment ago."""
+    number = place.started().get(chosen.name)
+    if number and not str(Flower(place).status(number)["status"]).startswith(ENDED):
+        raise DeployError(
+            f"{chosen.name} is still running; `fedsb logs {chosen.name}` shows it, `fedsb stop {chosen.name}` ends it"
+        )
     folder = (place.runs / chosen.name).resolve()
     values = place.folder / "values" / f"{chosen.name}.toml"
     told = {"config": chosen.to_json(), "out": str(folder), "home": str(place.folder.resolve()), "resume": resume}
@@ -165,7 +171,7 @@ def _follow(place: Home, chosen: RunConfig, shown: int = 0) -> None:
         while True:
             shown = _show_new(show, folder, shown)
             if time.monotonic() - asked > ASK_SECONDS:
-                state, asked = str(flower.status(number)["status"]), time.monotonic()
+                state, asked = _state(flower, number), time.monotonic()
                 if state.startswith(ENDED):
                     break
             time.sleep(POLL_SECONDS)
@@ -176,8 +182,22 @@ def _follow(place: Home, chosen: RunConfig, shown: int = 0) -> None:
     finally:
         show.close()
     if state != f"{ENDED}:completed":
-        raise FederationError(f"{chosen.name}: {_reason(flower.log(number), state)}; `fedsb logs {chosen.name}` shows everything")
+        again = f", and `fedsb resume {chosen.name}` goes on from its last finished round" if folder.exists() else ""
+        why = _reason(flower.log(number), state)
+        raise FederationError(f"{chosen.name}: {why}; `fedsb logs {chosen.name}` shows everything{again}")
     show_summary(json.loads((folder / "summary.json").read_text()), str(folder / "adapters"))
+
+
+def _state(flower: Flower, number: str) -> str:
+    """A run's state at Flower; a server that is being started anew is waited for. Raises DeployError if it stays away."""
+    deadline = time.monotonic() + AWAY_SECONDS
+    while True:
+        try:
+            return str(flower.status(number)["status"])
+        except DeployError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(POLL_SECONDS)
 
 
 def _show_new(show: Any, folder: Path, shown: int) -> int:

@@ -22,7 +22,7 @@ def supernode(
     """Connect a site to its federation, and go on trying, saying why it cannot."""
     check_address(server)
     check_valid(identity / "ca.pem")
-    command = [tool("flower-supernode"), "--superlink", server, "--root-certificates", str(identity / "ca.pem")]
+    command = [tool("python"), "-m", "clients.node", "--superlink", server, "--root-certificates", str(identity / "ca.pem")]
     command += ["--auth-supernode-private-key", str(identity / "key"), "--isolation", "process"]
     command += ["--host", host, "--port", str(port)]
 

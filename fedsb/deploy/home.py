@@ -1,5 +1,8 @@
 """The folder of a federation: keys, certificates, Flower's state, runs and logs, all in one place that can be backed up."""
 
+import contextlib
+import fcntl
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fedsb.config import SiteName
 from fedsb.deploy.certs import Authority
 from fedsb.errors import DeployError
-from fedsb.store.files import read_json, write_file, write_json
+from fedsb.store.files import read_json, write_file, write_json, writing
 
+LOCK = ".lock"
 CONNECTION = "fedsb"  # the name of the server in Flower's own configuration
 APP = {  # what Flower ships to every site: nothing but where the installed package has its two apps
     "pyproject.toml": """[build-system]
@@ -106,6 +110,18 @@ class Home:
     def elsewhere(self) -> bool:
         """Whether its processes are not this folder's to start and end: `fedsb init` made it, and not `fedsb up`."""
         return (self.flower / "config.toml").exists() and not (self.folder / "topology.json").exists()
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait until no other command changes this folder, and keep others waiting meanwhile. Raises DiskError.
+
+        For whoever reads `started.json` or `admitted.json` and writes it back. The system ends a dead process's turn.
+        """
+        with contextlib.ExitStack() as stack:
+            with writing(self.folder):
+                lock = stack.enter_context((self.folder / LOCK).open("ab"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def write_connection(self, address: str) -> None:
         """Tell Flower's commands where the server is."""

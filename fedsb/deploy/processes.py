@@ -75,10 +75,7 @@ def begin(home: Home) -> None:
 
 def begin_all(home: Home) -> None:
     """Start everything that is not running yet."""
-    done = _control(home, "start", "all")
-    failed = [line for line in done.splitlines() if "ERROR" in line and "already started" not in line]
-    if failed:
-        raise DeployError(f"{home.folder}/logs: {failed[0]}; the log of that process says why")
+    start(home, "all")
 
 
 def states(home: Home) -> dict[str, str]:
@@ -86,6 +83,34 @@ def states(home: Home) -> dict[str, str]:
     if not running(home):
         return {}
     return {line.split()[0]: line.split()[1] for line in _control(home, "status").splitlines() if len(line.split()) > 1}
+
+
+def pid_of(home: Home, program: str) -> int | None:
+    """The process id of a program, e.g. `superlink` or `site-alpha-trainer`; None while it does not run."""
+    said = _control(home, "pid", program).strip()
+    return int(said) if said.isdecimal() and said != "0" else None
+
+
+def stop(home: Home, *programs: str) -> None:
+    """Stop programs, and do not start them anew. Raises DeployError if one of them still runs."""
+    _control(home, "stop", *programs)
+    alive = [program for program in programs if pid_of(home, program)]
+    if alive:
+        raise DeployError(f"{alive[0]} does not end; see {home.logs}/supervisord.log")
+
+
+def start(home: Home, *programs: str) -> None:
+    """Start programs that were stopped. Raises DeployError if one of them does not stay up."""
+    said = _control(home, "start", *programs)
+    failed = [line for line in said.splitlines() if "ERROR" in line and "already started" not in line]
+    if failed:
+        raise DeployError(f"{home.logs}: {failed[0]}; the log of that process says why")
+
+
+def renew(home: Home, program: str) -> None:
+    """Start a program as `supervisord.conf` now has it. Raises DeployError if it does not stay up."""
+    _control(home, "update", program)
+    start(home, program)
 
 
 def running(home: Home) -> int | None:
@@ -130,7 +155,7 @@ def _server_executor(home: Home, topology: Topology) -> tuple[str, list[str], di
 
 
 def _supernode(home: Home, topology: Topology, site: LocalSite) -> tuple[str, list[str], dict[str, str]]:
-    command = ["flower-supernode", "--superlink", f"{HOST}:{topology.port}", "--isolation", "process"]
+    command = ["python", "-m", "clients.node", "--superlink", f"{HOST}:{topology.port}", "--isolation", "process"]
     command += ["--root-certificates", str(home.tls.ca.resolve()), "--host", HOST, "--port", str(site.port)]
     command += ["--auth-supernode-private-key", str(home.site(site.name).resolve() / "key")]
     return f"site-{site.name}-supernode", command, {}

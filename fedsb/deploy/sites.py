@@ -20,6 +20,11 @@ def admit(home: Home, key: Path, name: str) -> Admitted:
     if not SITE_NAME.fullmatch(name):
         raise DeployError(f"{name!r} is no name of a site (a-z, 0-9, dot, dash, underscore); choose another")
     check_public_key(key)
+    with home.turn():
+        return _admit(home, key, name)
+
+
+def _admit(home: Home, key: Path, name: str) -> Admitted:
     digest, sites = sha256_of(key), home.admitted()
     if name in sites and sites[name].key_sha256 == digest:
         return sites[name]
@@ -36,11 +41,12 @@ def admit(home: Home, key: Path, name: str) -> Admitted:
 
 def revoke(home: Home, name: str) -> None:
     """Let a site take part no longer. Raises DeployError if there is no such site."""
-    sites = home.admitted()
-    if name not in sites:
-        raise DeployError(f"{name} is no site of this federation; they are {', '.join(sites) or 'none yet'}")
-    Flower(home).expel(sites[name].node)
-    home.write_admitted({other: site for other, site in sites.items() if other != name})
+    with home.turn():
+        sites = home.admitted()
+        if name not in sites:
+            raise DeployError(f"{name} is no site of this federation; they are {', '.join(sites) or 'none yet'}")
+        Flower(home).expel(sites[name].node)
+        home.write_admitted({other: site for other, site in sites.items() if other != name})
 
 
 def publish(key: Path, folder: Path) -> None:

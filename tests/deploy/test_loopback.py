@@ -5,21 +5,18 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from clients.ask import UnixConnection
 from fedsb.cli.up import _any_port
 from fedsb.config import RunConfig
 from fedsb.deploy import processes
 from fedsb.deploy.certs import make_node_key
 from fedsb.deploy.flower import Flower
 from fedsb.deploy.home import Home
-from fedsb.store.files import read_events
 from tests.federation.tiny import assert_same_result, config_of, federate, save_model, save_task, table
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -85,29 +82,6 @@ def test_a_run_gives_what_a_simulation_gives(home: Path, toml: Path, config: Run
     assert again.returncode == 2 and "`fedsb resume tiny` goes on with it" in again.stderr
 
 
-@pytest.mark.faults
-def test_a_run_that_is_stopped_goes_on_from_its_last_round(home: Path, toml: Path, config: RunConfig, tmp_path: Path) -> None:
-    settings = {"rounds": 3}
-    longer = config.model_copy(update={"name": "halted", "federation": config.federation.model_copy(update=settings)})
-    changes = ["--set", "name=halted", "--set", "federation.rounds=3"]
-    fedsb("run", str(toml), "--home", str(home), *changes, "--detach")
-    out = home / "runs" / "halted"
-    deadline = time.monotonic() + SECONDS
-    while not (out / "checkpoints" / "round-0001").exists():
-        assert time.monotonic() < deadline, fedsb("logs", "--home", str(home)).stdout
-        time.sleep(0.1)
-    running = fedsb("resume", "halted", "--home", str(home), check=False)
-    assert running.returncode == 2 and "halted is still running" in running.stderr
-    fedsb("stop", "halted", "--home", str(home))
-    assert not (out / "summary.json").exists()
-    fedsb("resume", "halted", "--home", str(home))
-    federate(longer, tmp_path / "here")
-    assert_same_result(tmp_path / "here", out)
-    events = read_events(out / "events.jsonl")
-    resumed = next(event["round"] for event in events if event["event"] == "resumed")
-    assert sum(event["event"] == "round" for event in events) == 3 and resumed in (1, 2)
-
-
 def test_a_run_that_fails_says_why_where_it_was_started(home: Path, toml: Path) -> None:
     done = fedsb("run", str(toml), "--home", str(home), "--set", "name=wrong", "--set", "adapter.rank=40", check=False)
     assert done.returncode == 2
@@ -137,24 +111,6 @@ def test_without_tls_nobody_is_answered(home: Path) -> None:
         except OSError:
             answer = b""
     assert not answer.startswith(b"HTTP")
-
-
-@pytest.mark.faults
-def test_a_trainer_that_is_killed_comes_back(home: Path) -> None:
-    place = Home(home)
-    processes._control(place, "signal", "KILL", "site-alpha-trainer")
-    deadline = time.monotonic() + 60
-    while True:
-        connection = UnixConnection(processes.trainer_socket(place, "alpha"))
-        try:
-            connection.request("GET", "/health")
-            assert json.loads(connection.getresponse().read())["site"] == "alpha"
-            break
-        except OSError:
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        finally:
-            connection.close()
 
 
 @pytest.mark.parametrize(

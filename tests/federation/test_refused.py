@@ -401,3 +401,17 @@ def test_a_client_that_comes_back_as_another_node_keeps_its_name(llama: str, wor
     assert not events(out, "refused")
     assert summary["clients"] == 3
     assert personal_states(out).keys() == {"client-0", "client-1", "client-2"}
+
+
+def test_a_client_that_fails_at_first_is_asked_again(llama: str, words: str, out: Path) -> None:
+    """In the second round, then in the fourth after that: it fails twice and takes part from the sixth on."""
+    config, asked = config_of(table(llama, words, federation={"rounds": 7})), 0
+
+    def fail(kind: str, client: int, reply: Message) -> list[Message]:
+        nonlocal asked
+        asked += client == 1 and kind == "query.prepare"
+        return [failure(reply) if client == 1 and kind == "query.prepare" and asked <= 2 else reply]
+
+    summary = federate(config, out, grid=twisted(config, out, fail))
+    assert [entry["clients"] for entry in summary["history"]] == [2, 2, 2, 2, 2, 3, 3]
+    assert asked == 3

@@ -57,8 +57,9 @@ def test_replies_come_one_by_one_and_every_byte_is_counted() -> None:
 
 def test_who_does_not_answer_in_time_is_named_and_not_waited_for() -> None:
     exchange = Exchange(_slow(4, never=[3, 5]), 0.2)
-    started = time.monotonic()
-    replies = list(exchange(_questions(4)))
+    started, questions = time.monotonic(), _questions(4)
+    replies = list(exchange(questions))
+    assert {question.metadata.ttl for question in questions} == {0.2 + rounds.LATE_SECONDS}  # nor asked much later
     assert [reply.metadata.src_node_id for reply in replies] == [2, 4]
     assert exchange.silent == [3, 5]
     assert 0.2 <= time.monotonic() - started < 5
