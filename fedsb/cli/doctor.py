@@ -14,6 +14,10 @@ import torch
 import typer
 from packaging.version import Version
 
+from clients.policy import load_policy
+from fedsb.cli.up import HOME, HomeOption
+from fedsb.deploy.certs import Authority, check_public_key, days_left
+from fedsb.deploy.home import Home
 from fedsb.errors import FedsbError
 from fedsb.models import SHORT_NAMES, device_of, dtype_of, locate
 from fedsb.report.units import human_bytes
@@ -28,6 +32,7 @@ PACKAGES = {
     "reasoning_gym": "0.1.25",
     "gguf": "0.10",
 }
+RENEW_DAYS = 30
 MEMORY_NEEDED = 4e9
 DISK_NEEDED = 2e9
 
@@ -43,9 +48,12 @@ class Finding:
 
 def doctor(
     model: Annotated[str, typer.Option(help="the base model to look for")] = next(iter(SHORT_NAMES)),
+    home: HomeOption = HOME,
+    site: Annotated[Path | None, typer.Option(help="folder of a site, as `fedsb site init` writes it")] = None,
 ) -> None:
-    """Check Python, packages, accelerator, model, memory and disk; exit code 1 if something needs doing."""
-    findings = [*_python(), *_packages(), *_accelerator(), *_model(model), *_room()]
+    """Check Python, packages, accelerator, model, memory, disk and certificates; exit code 1 if something needs doing."""
+    findings = [*_python(), *_packages(), *_accelerator(), *_model(model), *_room(), *_certificates(Home(home).tls)]
+    findings += _site(site) if site else []
     for finding in findings:
         mark = "ok  " if not finding.remedy else "MEND"
         print(f"{mark} {finding.what:<14} {finding.found}" + (f" → {finding.remedy}" if finding.remedy else ""))
@@ -80,6 +88,38 @@ def _model(name: str) -> Iterator[Finding]:
         yield Finding("model", f"{name} in {source.folder}, sha256 {source.sha256[:12]}")
     except FedsbError as error:
         yield Finding("model", "not found", str(error))
+
+
+def _certificates(files: Authority) -> Iterator[Finding]:
+    """Of a federation that has its folder on this machine."""
+    for what, path, remedy in (
+        ("authority", files.ca, "make a new federation before it ends; sites need its new ca.pem"),
+        ("server", files.server, "`fedsb certs --renew` makes a new one"),
+    ):
+        if path.exists():
+            yield _expiry(what, path, remedy)
+
+
+def _site(folder: Path) -> Iterator[Finding]:
+    yield _expiry("ca.pem", folder / "identity" / "ca.pem", "ask the federation's operator for a new one")
+    for what, path, check in (
+        ("key", folder / "identity" / "key.pub", check_public_key),
+        ("policy", folder / "policy" / "policy.toml", load_policy),
+    ):
+        try:
+            check(path)
+            yield Finding(what, f"{path}")
+        except FedsbError as error:
+            yield Finding(what, "not usable", str(error))
+
+
+def _expiry(what: str, path: Path, remedy: str) -> Finding:
+    try:
+        days = days_left(path)
+        said = f"{path} has expired" if days < 0 else f"{path} is valid for {days} days"
+        return Finding(what, said, remedy if days < RENEW_DAYS else "")
+    except FedsbError as error:
+        return Finding(what, "not usable", str(error))
 
 
 def _room() -> Iterator[Finding]:

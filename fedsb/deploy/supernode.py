@@ -18,7 +18,7 @@ from types import FrameType
 
 AGAIN_SECONDS = 10.0
 PROBE_SECONDS = 10.0
-CLOCK_SECONDS = 240  # Flower refuses what was signed more than 300 s ago, or 5 s ahead; an HTTP date is whole seconds
+AHEAD_SECONDS, BEHIND_SECONDS = 4, 300  # Flower refuses what was signed 5 s ahead or 305 s ago; an HTTP date is whole seconds
 PATH = "/v1/fleet/activate-node"
 
 
@@ -71,7 +71,7 @@ def diagnosis(server: str, ca: Path, name: str) -> str:
     except ssl.SSLCertVerificationError as error:
         return (
             f"the certificate of {server} is not one that {ca} vouches for ({error.verify_message}); "
-            "if it has expired, the operator renews it with `fedsb certs --renew`"
+            "its operator renews it with `fedsb certs --renew`, or adds a name with --host"
         )
     except (OSError, http.client.HTTPException, socket.gaierror) as error:
         return f"{server} is not reached ({error}); check the address, and the firewall on the way"
@@ -80,9 +80,9 @@ def diagnosis(server: str, ca: Path, name: str) -> str:
     if answer.status == http.client.NOT_FOUND:
         return f"{server} is no gateway of a federation; check the address"
     ahead = _clock_ahead(answer.headers.get("date"))
-    if ahead is not None and abs(ahead) > CLOCK_SECONDS:
+    if ahead is not None and not -BEHIND_SECONDS < ahead < AHEAD_SECONDS:
         side = "ahead of" if ahead > 0 else "behind"
-        return f"this machine's clock is {abs(ahead) / 60:.0f} minutes {side} the server's; set it by NTP"
+        return f"this machine's clock is {abs(ahead):.0f} s {side} the server's; set it by NTP"
     return f"the server does not let this site in; send {name}.pub to its operator, who runs `fedsb site admit {name}.pub`"
 
 

@@ -12,7 +12,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import fedsb.adapters.tuner  # noqa: F401  teaches PEFT our format
+from clients.policy import template
 from fedsb.cli import doctor
+from fedsb.deploy import certs
+from fedsb.deploy.site_folder import make_site
 from fedsb.store.files import read_json
 from fedsb.store.tensors import load_tensors
 from tests.cli.front_door import call
@@ -172,3 +175,24 @@ def test_every_command_has_help(capsys: Capture) -> None:
         assert call(command, "--help") == 0
     assert call() in (0, 2)
     assert "Usage" in capsys.readouterr().out
+
+
+def test_doctor_names_certificates_that_end_and_what_is_wrong_with_a_site(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = certs.make_authority(tmp_path / "home" / "tls")
+    make_site("alpha", tmp_path / "alpha", template(), ca=files.ca)
+    options = ("doctor", "--home", str(tmp_path / "home"), "--site", str(tmp_path / "alpha"))
+    call(*options)
+    printed = capsys.readouterr().out
+    assert "ok   server" in printed and f"valid for {certs.SERVER_DAYS - 1} days" in printed
+    for what in ("authority", "ca.pem", "key", "policy"):
+        assert f"ok   {what}" in printed
+    monkeypatch.setattr(certs, "SERVER_DAYS", 20)
+    certs.renew_server(files)
+    (tmp_path / "alpha" / "policy" / "policy.toml").write_text("max_rnak = 3")
+    (tmp_path / "alpha" / "identity" / "ca.pem").unlink()
+    assert call(*options) == 1
+    printed = capsys.readouterr().out
+    assert "MEND server" in printed and "valid for 19 days → `fedsb certs --renew`" in printed
+    assert "did you mean max_rank?" in printed and "MEND ca.pem" in printed

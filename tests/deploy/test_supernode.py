@@ -60,8 +60,9 @@ def files(tmp_path: Path) -> certs.Authority:
     ("status", "clock", "said"),
     [
         (412, 0.0, "does not let this site in; send alpha.pub to its operator, who runs `fedsb site admit alpha.pub`"),
-        (401, -600.0, "this machine's clock is 10 minutes ahead of the server's"),
-        (401, 600.0, "this machine's clock is 10 minutes behind the server's"),
+        (401, -10.0, "s ahead of the server's; set it by NTP"),
+        (401, 600.0, "s behind the server's; set it by NTP"),
+        (412, 200.0, "does not let this site in"),
         (404, 0.0, "is no gateway of a federation"),
     ],
 )
