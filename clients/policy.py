@@ -12,7 +12,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from fedsb.config import PositiveInt, RunConfig, Section
+from fedsb.config import PositiveFloat, PositiveInt, RunConfig, Section
 from fedsb.errors import ConfigError, PolicyError
 from fedsb.validation import validated
 
@@ -28,6 +28,10 @@ class Policy(Section):
     max_rank: PositiveInt | None = Field(None, description="largest adapter.rank")
     max_steps: PositiveInt | None = Field(None, description="most optimiser steps in one round, or in personalisation")
     max_rounds: PositiveInt | None = Field(None, description="most rounds of a run")
+    max_epsilon: PositiveFloat | None = Field(
+        None,
+        description="largest ε that a run may spend of this site's data; one without differential privacy spends without bound",
+    )
     personal_adapter_may_leave: bool = Field(
         True, description="false: the personal adapter stays on this site's disk and is not published"
     )
@@ -42,6 +46,10 @@ class Policy(Section):
         for task in config.data.tasks:
             if self.tasks is not None and not _matches(task.source, self.tasks):
                 raise _beyond("data.tasks", task.source, f"tasks = {list(self.tasks)}")
+        if self.max_epsilon is not None:
+            raise PolicyError(
+                f"the site's policy allows no run without differential privacy (max_epsilon = {self.max_epsilon}), and this is one"
+            )
         for key, value, limit in (
             ("adapter.rank", adapter.rank, "max_rank"),
             ("train.steps or personal.steps", steps, "max_steps"),
@@ -55,7 +63,7 @@ class Policy(Section):
 def template() -> str:
     """A policy file that allows everything, with every setting explained."""
     examples = {"methods": '["lora-sb"]', "models": '["smollm2-*"]', "tasks": '["jsonl:/data/*"]', "max_rank": "64"}
-    examples |= {"max_steps": "100", "max_rounds": "50", "personal_adapter_may_leave": "false"}
+    examples |= {"max_steps": "100", "max_rounds": "50", "max_epsilon": "8.0", "personal_adapter_may_leave": "false"}
     lines = ["# What this site allows. A line without # limits; * stands for any characters."]
     for name, field in Policy.model_fields.items():
         lines += [f"# {field.description}", f"#{name} = {examples[name]}"]

@@ -142,7 +142,7 @@ def end(home: Home) -> bool:
 
 def _superlink(home: Home, topology: Topology) -> tuple[str, list[str], dict[str, str]]:
     tls, folder = home.tls, home.folder.resolve()
-    command = ["flower-superlink", "--host", HOST, "--port", str(topology.port), "--isolation", "process"]
+    command = ["python", "-m", "server.link", "--host", HOST, "--port", str(topology.port), "--isolation", "process"]
     command += ["--ssl-certfile", str(tls.server.resolve()), "--ssl-keyfile", str(tls.server_key.resolve())]
     command += ["--ssl-ca-certfile", str(tls.ca.resolve()), "--enable-supernode-auth", "--database", str(folder / "superlink.db")]
     return "superlink", [*command, "--disable-runtime-dependency-installation"], {}

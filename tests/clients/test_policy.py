@@ -105,6 +105,12 @@ def test_a_server_does_not_go_on_beyond_the_rounds_that_were_agreed(config: RunC
         answer(TRAIN, RecordDict({CONFIG: order.record()}), {"policy": str(tmp_path / "policy.toml")})
 
 
+def test_a_cap_on_epsilon_refuses_what_has_no_privacy(config: RunConfig) -> None:
+    Policy().check(config)
+    with pytest.raises(PolicyError, match=r"no run without differential privacy \(max_epsilon = 8.0\), and this is one"):
+        Policy(max_epsilon=8.0).check(config)
+
+
 def test_a_server_of_another_version_is_not_answered(config: RunConfig) -> None:
     """Whatever else it asks: a model that is not there would be the next thing to fail."""
     order = Order(config.to_json(), 1, "00" * 32, versions="fedsb 7.3, flwr 1.41")

@@ -32,7 +32,7 @@ def test_runs_started_at_once(tmp_path: Path) -> None:
 def test_sites_admitted_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = Home(tmp_path)
     for name in NAMES:
-        make_node_key(home.site(name) / "key")
+        make_node_key(home.site(name) / "key", name)
 
     def register(self: Flower, key: Path, name: str) -> str:
         time.sleep(0.01)
