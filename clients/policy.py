@@ -48,7 +48,7 @@ class Policy(Section):
                 raise _beyond("data.tasks", task.source, f"tasks = {list(self.tasks)}")
         if self.max_epsilon is not None:
             raise PolicyError(
-                f"the site's policy allows no run without differential privacy (max_epsilon = {self.max_epsilon}), and this is one"
+                f"the site's policy allows no run without differential privacy (max_epsilon = {self.max_epsilon}); this is one"
             )
         for key, value, limit in (
             ("adapter.rank", adapter.rank, "max_rank"),

@@ -5,6 +5,7 @@ ServerApp's executor asks again: on a busy disk one large reply ends a run. Here
 """
 
 from flwr.supercore import sql_mixin
+from flwr.supercore.constant import SQLITE_PRAGMAS
 from flwr.superlink.cli import flower_superlink
 
 BUSY_SECONDS = 60
@@ -12,8 +13,8 @@ BUSY_SECONDS = 60
 
 def be_patient() -> None:
     """Let every connection that this process makes from now on wait `BUSY_SECONDS` for the database."""
-    settings = dict(sql_mixin.SQLITE_PRAGMAS) | {"busy_timeout": str(1000 * BUSY_SECONDS)}
-    sql_mixin.SQLITE_PRAGMAS = tuple(settings.items())
+    settings = dict(SQLITE_PRAGMAS) | {"busy_timeout": str(1000 * BUSY_SECONDS)}
+    vars(sql_mixin)["SQLITE_PRAGMAS"] = tuple(settings.items())  # Flower has no setting for it
 
 
 if __name__ == "__main__":
