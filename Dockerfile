@@ -9,7 +9,7 @@ RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-de
 RUN python -m venv /opt/fedsb
 ENV PATH=/opt/fedsb/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 COPY constraints.txt ./
-RUN pip install --constraint constraints.txt --index-url "$TORCH_INDEX" torch
+RUN pip install --constraint constraints.txt --index-url "$TORCH_INDEX" --extra-index-url https://pypi.org/simple torch
 COPY pyproject.toml ./
 RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' > needed.txt \
  && pip install --constraint constraints.txt --requirement needed.txt \
@@ -27,9 +27,9 @@ ENV PATH=/opt/fedsb/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=
     FLWR_HOME=/tmp/flower FEDSB_CACHE=/tmp/cache FEDSB_FEDERATION=/federation \
     FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
 RUN useradd --uid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin fedsb \
- && mkdir -p /federation/tls /federation/authority /federation/runs /superlink /joining /cache \
-             /site/identity /site/state /site/policy /identity /data /run/fedsb /work \
- && chown -R fedsb:fedsb /federation /superlink /joining /cache /site /identity /data /run/fedsb
+ && mkdir -p /federation/tls /federation/keys /federation/authority /federation/runs /superlink /joining /cache \
+             /site/identity /site/policy /state /identity /data /run/fedsb /work \
+ && chown -R fedsb:fedsb /federation /superlink /joining /cache /site /state /identity /data /run/fedsb
 COPY --from=build /opt/fedsb /opt/fedsb
 USER 10001
 WORKDIR /work

@@ -26,7 +26,7 @@ test: setup ## the test suite
 	$(BIN)/python -m pytest
 
 test-faults: setup ## break a running federation, and see it go on
-	$(BIN)/python -m pytest -m faults
+	$(BIN)/python -m pytest -m "faults or apart"
 
 test-gateway: setup ## what the gateway lets through; needs caddy (apt-get install caddy)
 	$(BIN)/python -m pytest -m gateway

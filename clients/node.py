@@ -10,7 +10,7 @@ import sys
 
 from flwr.supernode.cli.flower_supernode import flower_supernode
 
-GIVEN_UP = 75  # EX_TEMPFAIL: try again
+from fedsb.deploy.supernode import GIVEN_UP
 
 
 def main() -> None:

@@ -58,6 +58,7 @@ class Federation:
         self.labels = len(labels_of(config)) or None
         self.layout: Layout = layout_of(self._model(with_weights=False))
         self.roster: dict[int, str] = {}
+        self.names: dict[int, str] = {}  # of every node that was ever in the roster
         self.pauses: dict[int, tuple[int, int]] = {}  # node → rounds until it is asked again, of so many in this pause
         self.traffic = Traffic()
         self.history: list[dict[str, Any]] = []
@@ -114,7 +115,7 @@ class Federation:
         and at once when it has been away. Who is left out is not asked.
         """
         online = set(self.grid.get_node_ids()) if nodes is None else set(nodes)
-        out = {node for node, name in self._admitted().items() if self.strikes.out(name)}
+        out = {node for node, name in (self._admitted() | self.names).items() if self.strikes.out(name)}
         self.pauses = {node: (left - 1, length) for node, (left, length) in self.pauses.items() if node in online}
         new = sorted(node for node in online - self.roster.keys() - out if self.pauses.get(node, (0, 1))[0] <= 0)
         for node in new:
@@ -278,7 +279,7 @@ class Federation:
             else:
                 for gone in [other for other, name in self.roster.items() if name == identity.client]:
                     del self.roster[gone]  # the same client under a new node id
-                self.roster[node] = identity.client
+                self.roster[node] = self.names[node] = identity.client
                 self.journal.tell("prepared", client=identity.client)
         self.traffic.basis += exchange.traffic.down if arrays is not None else 0
         self.traffic.down += exchange.traffic.down if arrays is None else 0

@@ -16,7 +16,7 @@ from packaging.version import Version
 
 from clients.policy import load_policy
 from fedsb.cli.up import HOME, HomeOption
-from fedsb.deploy.certs import Authority, check_public_key, days_left
+from fedsb.deploy.certs import Authority, check_node_key, check_public_key, days_left
 from fedsb.deploy.home import Home
 from fedsb.errors import FedsbError
 from fedsb.models import SHORT_NAMES, device_of, dtype_of, locate
@@ -103,7 +103,8 @@ def _certificates(files: Authority) -> Iterator[Finding]:
 def _site(folder: Path) -> Iterator[Finding]:
     yield _expiry("ca.pem", folder / "identity" / "ca.pem", "ask the federation's operator for a new one")
     for what, path, check in (
-        ("key", folder / "identity" / "key.pub", check_public_key),
+        ("key", folder / "identity" / "key", check_node_key),
+        ("public key", folder / "identity" / "key.pub", check_public_key),
         ("policy", folder / "policy" / "policy.toml", load_policy),
     ):
         try:

@@ -150,7 +150,8 @@ def _runs(place: Home) -> list[dict[str, Any]]:
 def _start(place: Home, chosen: RunConfig, *, resume: bool) -> None:
     """Start a run, in the turn of this command. Raises DeployError if it is under way, begun perhaps a moment ago."""
     number = place.started().get(chosen.name)
-    if number and not str(Flower(place).status(number)["status"]).startswith(ENDED):
+    known = Flower(place).runs() if number else {}  # not there: the server's database is a new one
+    if number in known and not str(known[number]["status"]).startswith(ENDED):
         raise DeployError(
             f"{chosen.name} is still running; `fedsb logs {chosen.name}` shows it, `fedsb stop {chosen.name}` ends it"
         )

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fedsb.deploy.certs import check_valid
+from fedsb.deploy.certs import check_node_key, check_valid
 from fedsb.deploy.flower import tool
 from fedsb.deploy.site_folder import check_address
 from fedsb.deploy.supernode import diagnosis, keep_running
@@ -22,6 +22,7 @@ def supernode(
     """Connect a site to its federation, and go on trying, saying why it cannot."""
     check_address(server)
     check_valid(identity / "ca.pem")
+    check_node_key(identity / "key")
     command = [tool("python"), "-m", "clients.node", "--superlink", server, "--root-certificates", str(identity / "ca.pem")]
     command += ["--auth-supernode-private-key", str(identity / "key"), "--isolation", "process"]
     command += ["--host", host, "--port", str(port)]
@@ -29,4 +30,4 @@ def supernode(
     def say(sentence: str) -> None:
         print(f"fedsb: {sentence}", file=sys.stderr, flush=True)
 
-    raise typer.Exit(keep_running(command, lambda: diagnosis(server, identity / "ca.pem", name), say))
+    raise typer.Exit(keep_running(command, lambda code: diagnosis(server, identity / "ca.pem", name, code), say))

@@ -30,7 +30,8 @@ REMEDY = "`fedsb certs --renew` makes a new one for the server; an authority tha
 class Authority:
     """The files of a federation's TLS: the authority's certificate goes to every site, its key stays with the operator.
 
-    The key lies in a folder of its own, `authority/` beside `folder`, so that those who serve TLS need not see it.
+    Keys lie in folders of their own beside `folder`: `authority/`, and `keys/` for the server's, so that each is seen only where
+    it is needed.
     """
 
     folder: Path
@@ -53,7 +54,7 @@ class Authority:
     @property
     def server_key(self) -> Path:
         """The server's key."""
-        return self.folder / "server-key.pem"
+        return self.folder.parent / "keys" / "server-key.pem"
 
 
 def make_authority(folder: Path, hosts: Sequence[str] = ()) -> Authority:
@@ -139,6 +140,11 @@ def hosts_of(files: Authority) -> list[str]:
     """The names and addresses that the server's certificate is for."""
     names = load_certificate(files.server).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return [str(name.value) for name in names]
+
+
+def check_node_key(path: Path) -> None:
+    """Raise KeyFileError unless `path` is a site's secret key, and StoreError if it is missing."""
+    _load_node_key(path)
 
 
 def load_certificate(path: Path) -> x509.Certificate:

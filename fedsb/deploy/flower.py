@@ -47,8 +47,19 @@ class Flower:
         return self._call("log", number, CONNECTION, "--show").stdout
 
     def admit(self, key: Path, name: str) -> str:
-        """Let a node with this public key in; returns its number."""
-        return str(self._ask("supernode", "register", str(key), CONNECTION, "--name", name)["node-id"])
+        """Let a node with this public key in; returns its number.
+
+        Raises DeployError also for a key that was admitted once and is no more: the server never takes it again.
+        """
+        try:
+            return str(self._ask("supernode", "register", str(key), CONNECTION, "--name", name)["node-id"])
+        except DeployError as error:
+            if "already in use" not in str(error):
+                raise
+            raise DeployError(
+                f"{key}: the server has had this key before (it was revoked, or its admission interrupted) and takes it no more; "
+                "the site deletes its key and key.pub, makes new ones with `fedsb site init`, and sends the new NAME.pub"
+            ) from None
 
     def expel(self, number: str) -> None:
         """Let a node in no longer."""

@@ -12,6 +12,7 @@ from fedsb.store.files import read_file, write_file, writing
 
 FOLDERS = ("identity", "policy", "data", "state", "run")
 SECRET_FOLDERS = ("identity", "data", "state")
+UNPRIVILEGED = 10001  # as the image's own user
 IMAGE = f"fedsb:{version('fedsb')}"
 
 
@@ -47,14 +48,15 @@ def make_site(name: str, folder: Path, policy: str, server: str = "", ca: Path |
             (folder / each).mkdir(parents=True, exist_ok=True)
         for each in SECRET_FOLDERS:
             (folder / each).chmod(0o700)
-    key = make_node_key(folder / "identity" / "key", name)
+    write_file(public, make_node_key(folder / "identity" / "key", name))  # first of all files: it marks the folder as this site's
     if not (folder / "policy" / "policy.toml").exists():
         write_file(folder / "policy" / "policy.toml", policy.encode())
     if authority:
         write_file(folder / "identity" / "ca.pem", authority)
-    server = server or _setting(folder / ".env", "FEDSB_SERVER")
-    settings = {"FEDSB_SITE": name, "FEDSB_SERVER": server, "FEDSB_IMAGE": IMAGE, "FEDSB_DATA": "./data"}
-    settings |= {"FEDSB_UID": str(os.getuid()), "FEDSB_GID": str(os.getgid())}
+    user, group = (os.getuid(), os.getgid()) if os.getuid() else (UNPRIVILEGED, UNPRIVILEGED)
+    settings = {"FEDSB_SITE": name, "FEDSB_SERVER": "", "FEDSB_IMAGE": IMAGE, "FEDSB_DATA": "./data"}
+    settings |= {"FEDSB_UID": str(user), "FEDSB_GID": str(group)} | _settings(folder / ".env")
+    settings |= {"FEDSB_SERVER": server} if server else {}
     write_file(folder / ".env", "".join(f"{key}={value}\n" for key, value in settings.items()).encode())
     write_file(folder / "compose.yml", _template("compose.yml").encode())
     done = " (done)"
@@ -62,10 +64,12 @@ def make_site(name: str, folder: Path, policy: str, server: str = "", ca: Path |
         name=name,
         image=IMAGE,
         ca_there=done if (folder / "identity" / "ca.pem").exists() else "",
-        server_there=done if server else "",
+        server_there=done if settings["FEDSB_SERVER"] else "",
     )
     write_file(folder / "README.md", text.encode())
-    write_file(public, key)
+    if not os.getuid():  # containers do not run as root, and must read what root writes here
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, user, group)
     return public
 
 
@@ -81,10 +85,10 @@ def check_address(text: str) -> None:
         raise DeployError(f"--server {text}: is no address; write host:port")
 
 
-def _setting(path: Path, key: str) -> str:
-    """A setting of a .env file; "" if there is none."""
+def _settings(path: Path) -> dict[str, str]:
+    """What a .env file has been given."""
     lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.partition("=")[2] for line in lines if line.startswith(f"{key}=")), "")
+    return {line.partition("=")[0]: line.partition("=")[2] for line in lines if "=" in line and not line.startswith("#")}
 
 
 def _template(name: str) -> str:

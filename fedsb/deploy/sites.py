@@ -26,11 +26,11 @@ def admit(home: Home, key: Path, name: str) -> Admitted:
 
 def _admit(home: Home, key: Path, name: str) -> Admitted:
     digest, sites = sha256_of(key), home.admitted()
-    if name in sites and sites[name].key_sha256 == digest:
+    if name in sites and sites[name].key_sha256 == digest and _known(home, sites[name].node):
         return sites[name]
-    if name in sites:
+    if name in sites and sites[name].key_sha256 != digest:
         raise DeployError(f"{name} is a site already, with another key; choose another name")
-    owner = next((other for other, site in sites.items() if site.key_sha256 == digest), None)
+    owner = next((other for other, site in sites.items() if site.key_sha256 == digest and other != name), None)
     if owner:
         raise DeployError(f"{key}: is the key of {owner} already; one site, one key")
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -45,8 +45,15 @@ def revoke(home: Home, name: str) -> None:
         sites = home.admitted()
         if name not in sites:
             raise DeployError(f"{name} is no site of this federation; they are {', '.join(sites) or 'none yet'}")
-        Flower(home).expel(sites[name].node)
+        if _known(home, sites[name].node):
+            Flower(home).expel(sites[name].node)
         home.write_admitted({other: site for other, site in sites.items() if other != name})
+
+
+def _known(home: Home, number: str) -> bool:
+    """Whether Flower's server has a node; it has not if its database was lost, or if somebody else expelled it."""
+    node = Flower(home).nodes().get(number)
+    return node is not None and str(node["status"]) != "unregistered"
 
 
 def publish(key: Path, folder: Path) -> None:

@@ -17,15 +17,19 @@ from pathlib import Path
 from types import FrameType
 
 AGAIN_SECONDS = 10.0
+GIVEN_UP = 75  # exit code of a SuperNode that has lost its connection (clients/node.py)
 PROBE_SECONDS = 10.0
 AHEAD_SECONDS, BEHIND_SECONDS = 4, 300  # Flower refuses what was signed 5 s ahead or 305 s ago; an HTTP date is whole seconds
 PATH = "/v1/fleet/activate-node"
 
 
 def keep_running(
-    command: Sequence[str], diagnose: Callable[[], str], say: Callable[[str], None], wait: float = AGAIN_SECONDS
+    command: Sequence[str], diagnose: Callable[[int], str], say: Callable[[str], None], wait: float = AGAIN_SECONDS
 ) -> int:
-    """Run a program, and again `wait` seconds after it ends by itself; ends with it on SIGTERM, and returns its exit code."""
+    """Run a program, and again `wait` seconds after it ends by itself; ends with it on SIGTERM, and returns its exit code.
+
+    `diagnose`: exit code → why it ended, for people.
+    """
     asked_to_end = False
     process: subprocess.Popen[bytes] | None = None
 
@@ -43,7 +47,7 @@ def keep_running(
             process.terminate()
         code = process.wait()
         if not asked_to_end:
-            say(f"{diagnose()}; trying again in {wait:.0f} s")
+            say(f"{diagnose(code)}; trying again in {wait:.0f} s")
         deadline = time.monotonic() + wait
         while not asked_to_end and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -51,13 +55,14 @@ def keep_running(
             return code
 
 
-def diagnosis(server: str, ca: Path, name: str) -> str:
+def diagnosis(server: str, ca: Path, name: str, code: int = 1) -> str:
     """Why a SuperNode that ended may have been refused: one sentence with what to do.
 
     Args:
         server: host:port.
         ca: certificate of the federation's authority.
         name: how the site's public key is called, to be named to the operator.
+        code: the SuperNode's exit code.
     """
     host, _, port = server.rpartition(":")
     try:
@@ -79,10 +84,14 @@ def diagnosis(server: str, ca: Path, name: str) -> str:
         connection.close()
     if answer.status == http.client.NOT_FOUND:
         return f"{server} is no gateway of a federation; check the address"
+    if answer.status >= http.client.INTERNAL_SERVER_ERROR:
+        return f"{server} answers {answer.status}: the server behind it is starting, or its operator must look"
     ahead = _clock_ahead(answer.headers.get("date"))
     if ahead is not None and not -BEHIND_SECONDS < ahead < AHEAD_SECONDS:
         side = "ahead of" if ahead > 0 else "behind"
         return f"this machine's clock is {abs(ahead):.0f} s {side} the server's; set it by NTP"
+    if code == GIVEN_UP:
+        return f"the connection to {server} was lost; it answers now"
     return f"the server does not let this site in; send {name}.pub to its operator, who runs `fedsb site admit {name}.pub`"
 
 

@@ -6,7 +6,7 @@ from benchmarks import capacity
 from tests.benchmarks.samples import check, last_line
 
 
-@pytest.mark.slow
+@pytest.mark.apart
 @pytest.mark.timeout(600)
 def test_a_few_sites_join_and_answer_every_message(capsys: pytest.CaptureFixture[str]) -> None:
     capacity.main(["--sites", "2,3", "--small", "3", "--large", "2", "--idle", "4", "--rounds", "2"])

@@ -42,7 +42,7 @@ def test_the_proxy_hangs_up_where_nobody_listens() -> None:
         assert client.recv(1) == b""
 
 
-@pytest.mark.slow
+@pytest.mark.apart
 @pytest.mark.timeout(600)
 def test_a_run_counts_what_flower_and_the_sockets_count(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]

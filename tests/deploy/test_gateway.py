@@ -60,6 +60,7 @@ def gateway(home: Home, tmp_path_factory: pytest.TempPathFactory) -> Iterator[in
     port, health = _any_port(), _any_port()
     folder = tmp_path_factory.mktemp("caddy")
     environment = os.environ | {"GATEWAY_PORT": str(port), "HEALTH_PORT": str(health), "TLS": str(home.tls.folder.resolve())}
+    environment |= {"KEYS": str(home.tls.server_key.parent.resolve())}
     environment |= {
         "SUPERLINK": f"127.0.0.1:{home.topology().port}",
         "XDG_CONFIG_HOME": str(folder),

@@ -9,9 +9,11 @@ import pytest
 import yaml
 
 from clients.policy import load_policy, template
+from fedsb.deploy import site_folder
 from fedsb.deploy.certs import check_public_key, make_authority
 from fedsb.deploy.site_folder import make_site
 from fedsb.errors import DeployError, KeyFileError
+from fedsb.store.files import write_file
 
 ROOT = Path(__file__).parents[2]
 HARDENING = ("read_only", "tmpfs", "cap_drop", "security_opt", "restart")
@@ -48,13 +50,37 @@ def test_made_again_it_keeps_key_and_policy_and_takes_what_was_missing(tmp_path:
     make_site("alpha", folder, template())
     assert "(done)" not in (folder / "README.md").read_text()
     (folder / "policy" / "policy.toml").write_text("max_rank = 8\n")
+    (folder / ".env").write_text((folder / ".env").read_text().replace("./data", "/srv/data"))
     (folder / "data" / "notes").mkdir()
     before = content(folder)
     make_site("alpha", folder, template(), "server:1")
     make_site("alpha", folder, template(), ca=make_authority(tmp_path / "tls").ca)
     after = content(folder)
     assert after["identity/key"] == before["identity/key"] and after["policy/policy.toml"] == b"max_rank = 8\n"
+    assert b"FEDSB_DATA=/srv/data\n" in after[".env"]
     assert b"FEDSB_SERVER=server:1\n" in after[".env"] and after["README.md"].count(b"(done)") == 2
+
+
+def test_one_that_was_interrupted_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after any of its files: the same command makes the rest."""
+    whole = make_site("alpha", tmp_path / "whole", template()).parent
+    writes = 0
+
+    def interrupted(*arguments: Any, **more: Any) -> None:
+        nonlocal writes
+        writes += 1
+        if writes > allowed:
+            raise KeyboardInterrupt
+        write_file(*arguments, **more)
+
+    for allowed in range(5):
+        folder = tmp_path / str(allowed)
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            writes = 0
+            patched.setattr(site_folder, "write_file", interrupted)
+            make_site("alpha", folder, template())
+        make_site("alpha", folder, template())
+        assert content(folder).keys() == content(whole).keys()
 
 
 @pytest.mark.parametrize(
@@ -89,7 +115,7 @@ def test_a_site_elsewhere_runs_what_a_site_of_the_whole_runs() -> None:
         there, here = whole[f"alpha-{role}"], own[role]
         assert {key: there[key] for key in HARDENING} == {key: here[key] for key in HARDENING}
         assert there.get("network_mode") == here.get("network_mode") == ("none" if role == "trainer" else None)
-        places = {"/site/state": "/state", "/site/policy/policy.toml": "/policy/policy.toml", "alpha": "${FEDSB_SITE}"}
+        places = {"/site/policy/policy.toml": "/policy/policy.toml", "alpha": "${FEDSB_SITE}"}
         command = [places.get(word, word).replace("gateway:8443", "${FEDSB_SERVER}") for word in there["command"]]
         assert command[: len(here["command"])] == here["command"]  # the whole deals out common data: --index, --sites
         assert there["healthcheck"] == here["healthcheck"]
@@ -109,10 +135,13 @@ def test_the_walls_of_the_whole() -> None:
         for place in file["volumes"]
     }
     assert holders["authority"] == {"setup", "fedsb"}
-    assert holders["tls"] == {"setup", "fedsb", "gateway", "superlink", "admit", "metrics"}
+    assert holders["keys"] == {"setup", "fedsb", "gateway", "superlink"}
+    assert services["gateway"]["cap_add"] == ["NET_BIND_SERVICE"] and sum("cap_add" in s for s in services.values()) == 1
+    assert services["setup"]["network_mode"] == "none"
     for site in ("alpha", "beta", "gamma"):
         assert on[f"{site}-executor"] == {site} and on[f"{site}-supernode"] == {site, "outside"}
-        assert services[f"{site}-trainer"]["network_mode"] == "none"
+        assert services[f"{site}-trainer"]["network_mode"] == services[f"{site}-init"]["network_mode"] == "none"
+        assert f"{site}-site:/site:ro" in services[f"{site}-trainer"]["volumes"]  # it cannot change its policy
         assert holders[f"{site}-data"] == {f"{site}-trainer"} and holders[f"{site}-identity"] == {
             f"{site}-init",
             f"{site}-supernode",

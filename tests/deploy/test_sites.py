@@ -16,21 +16,28 @@ class Server:
     """Stands for Flower's commands: what was asked of it."""
 
     asked: list[tuple[str, str]]
+    there: set[str]
 
     def __init__(self, home: Home) -> None:
         pass
 
     def admit(self, key: Path, name: str) -> str:
         self.asked.append(("admit", name))
-        return str(100 + len(self.asked))
+        number = str(100 + len(self.asked))
+        self.there.add(number)
+        return number
 
     def expel(self, number: str) -> None:
         self.asked.append(("expel", number))
+        self.there.discard(number)
+
+    def nodes(self) -> dict[str, dict[str, str]]:
+        return {number: {"status": "online"} for number in self.there}
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
-    Server.asked = []
+    Server.asked, Server.there = [], set()
     monkeypatch.setattr(sites, "Flower", Server)
     (tmp_path / "home").mkdir()
     place = Home(tmp_path / "home")
@@ -50,7 +57,17 @@ def test_a_site_is_admitted_once_and_revoked(home: Home, tmp_path: Path) -> None
     assert Server.asked == [("admit", "alpha")]
     sites.revoke(home, "alpha")
     assert home.admitted() == {} and Server.asked[1:] == [("expel", first.node)]
-    assert sites.admit(home, alpha, "alpha").node != first.node  # and may come back
+
+
+def test_a_server_that_has_lost_its_database_admits_anew_and_forgets(home: Home, tmp_path: Path) -> None:
+    alpha = key(tmp_path, "alpha")
+    first = sites.admit(home, alpha, "alpha")
+    Server.there.clear()
+    second = sites.admit(home, alpha, "alpha")
+    assert second.node != first.node and home.admitted() == {"alpha": second}
+    Server.there.clear()
+    sites.revoke(home, "alpha")
+    assert home.admitted() == {} and ("expel", second.node) not in Server.asked
 
 
 def test_a_name_in_use_and_a_key_in_use(home: Home, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from fedsb.deploy import certs, supernode
-from fedsb.deploy.supernode import diagnosis
+from fedsb.deploy.supernode import GIVEN_UP, diagnosis
 
 
 @contextlib.contextmanager
@@ -64,6 +64,7 @@ def files(tmp_path: Path) -> certs.Authority:
         (401, 600.0, "s behind the server's; set it by NTP"),
         (412, 200.0, "does not let this site in"),
         (404, 0.0, "is no gateway of a federation"),
+        (502, 0.0, "answers 502: the server behind it is starting"),
     ],
 )
 def test_what_a_server_says_is_told_apart(files: certs.Authority, status: int, clock: float, said: str) -> None:
@@ -86,6 +87,11 @@ def test_a_certificate_that_is_not_trusted_or_has_expired(
     assert "is no certificate that can be read" in diagnosis("127.0.0.1:1", tmp_path / "none.pem", "alpha")
 
 
+def test_a_connection_that_was_lost_is_no_matter_of_keys(files: certs.Authority) -> None:
+    with server(files) as address:
+        assert diagnosis(address, files.ca, "alpha", GIVEN_UP) == f"the connection to {address} was lost; it answers now"
+
+
 def test_a_server_that_is_not_there(files: certs.Authority) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -103,7 +109,7 @@ def test_it_is_started_again_until_it_is_told_to_end(tmp_path: Path) -> None:
     )
     code = (
         "import sys; from fedsb.deploy.supernode import keep_running; "
-        f"sys.exit(keep_running([sys.executable, {str(program)!r}], lambda: 'why', print, 0.1))"
+        f"sys.exit(keep_running([sys.executable, {str(program)!r}], lambda code: f'why {{code}}', print, 0.1))"
     )
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     root = Path(supernode.__file__).parents[2]
@@ -114,4 +120,4 @@ def test_it_is_started_again_until_it_is_told_to_end(tmp_path: Path) -> None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=30)
-    assert out == "why; trying again in 0 s\n" * 2 and process.returncode != 0
+    assert out == "why 7; trying again in 0 s\n" * 2 and process.returncode != 0

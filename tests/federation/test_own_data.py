@@ -125,7 +125,8 @@ def test_a_site_without_its_data_is_named_and_the_run_goes_on(llama: str, tmp_pa
     home.write_admitted({name: Admitted(node=str(FIRST_NODE + i), key_sha256="", since="") for i, name in enumerate(NAMES)})
     out = tmp_path / "run"
     summary = federate(own(llama, tmp_path / "data"), out, grid=Sites(NAMES, tmp_path / "kept"), home=home.folder)
-    (refused,) = events(out, "refused")
+    refused, *again = events(out, "refused")
+    assert {event["client"] for event in again} <= {refused["client"]}
     assert (refused["round"], refused["client"]) == (0, "beta")
     assert refused["reason"] == (
         f"failed: {tmp_path}/data/beta: there is no such folder; a jsonl: task is a folder with train.jsonl and test.jsonl"
