@@ -49,7 +49,7 @@ from fedsb.cli.up import _any_port, _wait_for_server
 from fedsb.deploy import processes
 from fedsb.deploy.certs import make_authority
 from fedsb.deploy.flower import Flower
-from fedsb.deploy.home import Home, LocalSite, Topology
+from fedsb.deploy.home import Home, LocalSite, Topology, flower_app
 from fedsb.store.files import write_file
 from strategies.records import TRAIN
 from strategies.rounds import Exchange, wait_for_nodes
@@ -57,32 +57,10 @@ from strategies.rounds import Exchange, wait_for_nodes
 NUMBERS = {"round": 2_500, "large": 860_160}  # fp32 numbers of a state
 ROUNDS = 3
 WAIT_SECONDS = 300.0
-APP = {
-    "pyproject.toml": """[build-system]
-requires = ["hatchling"]
-build-backend = "hatchling.build"
-
-[project]
-name = "capacity"
-version = "0.1.0"
-license = "Apache-2.0"
-dependencies = []
-
-[tool.flwr.app]
-publisher = "fedsb"
-
-[tool.flwr.app.components]
-serverapp = "capacity.server_side:app"
-clientapp = "capacity.client_side:app"
-
-[tool.flwr.app.config]
-sites = 0
-numbers = 0
-rounds = 0
-out = ""
-""",
-    "capacity/__init__.py": "",
-    "capacity/server_side.py": f"""import sys
+APP = flower_app(
+    "capacity",
+    {"sites": 0, "numbers": 0, "rounds": 0, "out": ""},
+    f"""import sys
 
 sys.path.insert(0, {str(ROOT)!r})
 
@@ -93,8 +71,8 @@ from benchmarks.capacity import serve
 app = ServerApp()
 app.main()(serve)
 """,
-    "capacity/client_side.py": "from flwr.clientapp import ClientApp\n\napp = ClientApp()\n",
-}
+    "from flwr.clientapp import ClientApp\n\napp = ClientApp()\n",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,6 +9,7 @@ from cryptography.hazmat.primitives import hashes
 from fedsb.cli.up import HOME, HomeOption
 from fedsb.deploy import certs as made
 from fedsb.deploy.home import Home
+from fedsb.deploy.site_folder import check_address
 from fedsb.errors import DeployError
 from fedsb.store.files import read_file, write_file, writing
 
@@ -42,6 +43,7 @@ def init(
     publish: Annotated[Path | None, typer.Option(help="a folder to copy ca.pem to, for sites")] = None,
 ) -> None:
     """Make a folder for a federation whose processes are started elsewhere, as by docker-compose.yml. Run again, it keeps all."""
+    check_address(superlink, "--superlink")
     place = Home(home)
     if (home / "topology.json").exists():
         raise DeployError(f"{home}: is a federation of `fedsb up`; choose another --home")

@@ -6,7 +6,7 @@ All keys are on elliptic curves (P-256 for TLS, P-384 for sites, as Flower asks)
 
 import datetime
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -211,22 +211,22 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def _load_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    try:
-        key = serialization.load_pem_private_key(read_file(path), None)
-    except (ValueError, UnsupportedAlgorithm):
-        key = None
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise KeyFileError(f"{path}: is no key as `fedsb certs` makes them; restore it from your backup")
-    return key
+    remedy = "is no key as `fedsb certs` makes them; restore it from your backup"
+    return _key_of(path, serialization.load_pem_private_key, remedy)
 
 
 def _load_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    remedy = "is no site's key; restore it from your backup, or delete it and be admitted with a new one"
+    return _key_of(path, serialization.load_ssh_private_key, remedy)
+
+
+def _key_of(path: Path, load: Callable[[bytes, None], object], remedy: str) -> ec.EllipticCurvePrivateKey:
     try:
-        key = serialization.load_ssh_private_key(read_file(path), None)
+        key = load(read_file(path), None)
     except (ValueError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise KeyFileError(f"{path}: is no site's key; restore it from your backup, or delete it and be admitted with a new one")
+        raise KeyFileError(f"{path}: {remedy}")
     return key
 
 

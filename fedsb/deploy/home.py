@@ -2,7 +2,7 @@
 
 import contextlib
 import fcntl
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,35 +16,44 @@ from fedsb.store.files import read_json, write_file, write_json, writing
 
 LOCK = ".lock"
 CONNECTION = "fedsb"  # the name of the server in Flower's own configuration
-APP = {  # what Flower ships to every site: nothing but where the installed package has its two apps
-    "pyproject.toml": """[build-system]
-requires = ["hatchling"]
-build-backend = "hatchling.build"
+SETTINGS = {"config": "", "set": "", "out": "", "home": "", "resume": False}  # of a run, as `server/app.py` reads them
 
-[project]
-name = "fedsb-run"
-version = "0.1.0"
-license = "Apache-2.0"
-dependencies = []
 
-[tool.flwr.app]
-publisher = "fedsb"
+def flower_app(name: str, settings: Mapping[str, object], server: str, client: str) -> dict[str, str]:
+    """The files of a Flower app: what Flower ships to every site, so nothing but where installed packages have the two apps.
 
-[tool.flwr.app.components]
-serverapp = "fedsb_run.server_side:app"
-clientapp = "fedsb_run.client_side:app"
+    Args:
+        name: of the app and its package.
+        settings: the keys of its run configuration, with their defaults.
+        server, client: the source of the two modules, each of which has an `app`.
+    """
+    project = {
+        "build-system": {"requires": ["hatchling"], "build-backend": "hatchling.build"},
+        "project": {"name": name.replace("_", "-"), "version": "0.1.0", "license": "Apache-2.0", "dependencies": []},
+        "tool": {
+            "flwr": {
+                "app": {
+                    "publisher": "fedsb",
+                    "components": {"serverapp": f"{name}.server_side:app", "clientapp": f"{name}.client_side:app"},
+                    "config": dict(settings),
+                }
+            }
+        },
+    }
+    return {
+        "pyproject.toml": tomli_w.dumps(project),
+        f"{name}/__init__.py": "",
+        f"{name}/server_side.py": server,
+        f"{name}/client_side.py": client,
+    }
 
-[tool.flwr.app.config]
-config = ""
-set = ""
-out = ""
-home = ""
-resume = false
-""",
-    "fedsb_run/__init__.py": "",
-    "fedsb_run/server_side.py": "from server.app import app as federation\n\napp = federation\n",
-    "fedsb_run/client_side.py": "from clients.app import app as client\n\napp = client\n",
-}
+
+APP = flower_app(
+    "fedsb_run",
+    SETTINGS,
+    "from server.app import app as federation\n\napp = federation\n",
+    "from clients.app import app as client\n\napp = client\n",
+)
 
 
 class LocalSite(BaseModel):

@@ -78,11 +78,11 @@ def _authority(path: Path) -> bytes:
     return read_file(path)
 
 
-def check_address(text: str) -> None:
+def check_address(text: str, option: str = "--server") -> None:
     """Raise DeployError unless a text is host:port."""
     host, _, port = text.rpartition(":")
     if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
-        raise DeployError(f"--server {text}: is no address; write host:port")
+        raise DeployError(f"{option} {text}: is no address; write host:port")
 
 
 def _settings(path: Path) -> dict[str, str]:

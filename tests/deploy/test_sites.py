@@ -127,6 +127,8 @@ def test_a_folder_of_elsewhere_and_one_of_up_are_not_mixed(
     other = tmp_path / "other"
     other.mkdir()
     (other / "topology.json").write_text(json.dumps({"port": 1, "sites": [{"name": "a", "index": 0, "port": 2}]}))
+    assert call("init", "--superlink", "nowhere", "--home", str(other)) == 2
+    assert "--superlink nowhere: is no address; write host:port" in capsys.readouterr().err
     assert call("init", "--superlink", "x:1", "--home", str(other)) == 2
     assert "is a federation of `fedsb up`" in capsys.readouterr().err and [path.name for path in other.iterdir()] == [
         "topology.json"
