@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-faults test-gateway check bench clean
+.PHONY: help setup demo test test-faults test-apart test-gateway check bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,7 +26,10 @@ test: setup ## the test suite
 	$(BIN)/python -m pytest
 
 test-faults: setup ## break a running federation, and see it go on
-	$(BIN)/python -m pytest -m "faults or apart"
+	$(BIN)/python -m pytest -m faults
+
+test-apart: setup ## tests that take minutes: own data at sites, bytes on the wire, capacity of a server
+	$(BIN)/python -m pytest -m apart
 
 test-gateway: setup ## what the gateway lets through; needs caddy (apt-get install caddy)
 	$(BIN)/python -m pytest -m gateway

@@ -24,7 +24,7 @@ from flwr.app import RecordDict
 
 from benchmarks.harness import ROOT, figure, median, report, say
 from clients.answers import answer
-from clients.ask import SOCKET, ask
+from clients.ask import SOCKET, WAIT_SECONDS, ask
 from clients.session import open_session
 from fedsb.config import RunConfig
 from strategies.envelope import from_bytes, to_bytes
@@ -95,7 +95,7 @@ def _question(config: RunConfig, socket: Path, node: dict[str, Any]) -> bytes:
     """A `train` message, for which the site has been prepared."""
     run = config.to_json()
     asked = RecordDict({CONFIG: Order(run, 0, "?").record()})
-    basis = str(ask(socket, PREPARE, asked)["identity"]["basis"])
+    basis = str(ask(socket, PREPARE, asked, WAIT_SECONDS)["identity"]["basis"])
     answer(PREPARE, RecordDict({CONFIG: Order(run, 0, basis).record()}), node)
     state = pack_state(open_session(run).base_vector(), "fp32")
     open_session.cache_clear()

@@ -43,7 +43,8 @@ def evaluate(message: Message, context: Context) -> Message:
 def _answered(message: Message, context: Context) -> Message:
     kind, socket = message.metadata.message_type, os.environ.get(SOCKET)
     if socket:
-        return Message(ask(Path(socket), kind, message.content), reply_to=message)
+        seconds = message.metadata.ttl  # after which the server waits no more
+        return Message(ask(Path(socket), kind, message.content, seconds), reply_to=message)
     from clients.answers import answer  # here, since it imports torch
 
     return Message(answer(kind, message.content, context.node_config), reply_to=message)

@@ -32,19 +32,22 @@ class UnixConnection(http.client.HTTPConnection):
         self.sock.connect(str(self.path))
 
 
-def ask(path: Path, kind: str, content: RecordDict, wait_seconds: float = WAIT_SECONDS) -> RecordDict:
+def ask(path: Path, kind: str, content: RecordDict, seconds: float, wait_seconds: float = WAIT_SECONDS) -> RecordDict:
     """Put a question to the trainer behind a socket and return its answer.
 
     A trainer that is away is waited for; one that dies while it answers is asked once more when it is back, since an
-    answer depends on the question alone. Raises TrainerError if it stays away, dies again, or refuses.
+    answer depends on the question alone. Raises TrainerError if it stays away, dies again, refuses, or has not answered
+    after `seconds`; it then drops the question, unless it is at work on it already.
     """
     body = to_bytes(content)
     for attempt in (1, 2):
-        connection = _connected(path, wait_seconds)
+        connection = _connected(path, wait_seconds, seconds)
         try:
             connection.request("POST", f"/answer/{kind}", body, {"content-type": "application/octet-stream"})
             response = connection.getresponse()
             data = response.read()
+        except TimeoutError:
+            raise TrainerError(f"the trainer at {path} did not answer {kind} in {seconds:.4g} s; see its log") from None
         except (OSError, http.client.HTTPException) as error:
             if attempt == 1:
                 time.sleep(BURIAL_SECONDS)
@@ -60,10 +63,10 @@ def ask(path: Path, kind: str, content: RecordDict, wait_seconds: float = WAIT_S
     raise AssertionError("unreachable")
 
 
-def _connected(path: Path, wait_seconds: float) -> UnixConnection:
+def _connected(path: Path, wait_seconds: float, seconds: float) -> UnixConnection:
     deadline = time.monotonic() + wait_seconds
     while True:
-        connection = UnixConnection(path)
+        connection = UnixConnection(path, seconds)
         try:
             connection.connect()
         except OSError as error:

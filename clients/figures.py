@@ -18,7 +18,7 @@ from prometheus_client import (
 from fedsb.errors import FedsbError
 
 OTHER = "other"  # whatever is asked that is none of the known kinds: anybody's words are no label
-ANSWERED, REFUSED, FAILED = "answered", "refused", "failed"
+ANSWERED, REFUSED, FAILED, DROPPED = "answered", "refused", "failed", "dropped"
 BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)  # seconds
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -41,12 +41,17 @@ class Figures:
         self._running = Gauge("fedsb_trainer_jobs_running", "Jobs at work: 0 or 1.", registry=self._registry)
         for kind in (*kinds, OTHER):  # from the start, so that the first of each is seen as a rise
             self._seconds.labels(kind)
-            for outcome in (ANSWERED, REFUSED, FAILED):
+            for outcome in (ANSWERED, REFUSED, FAILED, DROPPED):
                 self._jobs.labels(kind, outcome)
 
     def asked(self) -> None:
         """A job has come, and waits."""
         self._waiting.inc()
+
+    def dropped(self, kind: str) -> None:
+        """A job that waited is not done, since nobody waits for its answer any more."""
+        self._waiting.dec()
+        self._jobs.labels(kind if kind in self.kinds else OTHER, DROPPED).inc()
 
     @contextlib.contextmanager
     def job(self, kind: str) -> Iterator[None]:

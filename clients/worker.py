@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,18 +42,24 @@ def trainer_app(node: Mapping[str, Any], answer: Answer = answer) -> Starlette:
 
     async def put(request: Request) -> Response:
         kind, body = request.path_params["kind"], await request.body()
+        gone = threading.Event()
+        watcher = asyncio.create_task(_until_gone(request, gone))
         waiting.append(kind)
         figures.asked()
         try:
-            reply = await asyncio.get_running_loop().run_in_executor(jobs, _job, kind, body)
+            reply = await asyncio.get_running_loop().run_in_executor(jobs, _job, kind, body, gone)
         except FedsbError as error:
             log.warning("%s was refused: %s (in the working folder %s)", kind, error, Path.cwd())
             return JSONResponse({"error": getattr(error, "outside", str(error))}, REFUSED)
         finally:
+            watcher.cancel()
             waiting.remove(kind)
         return Response(reply, media_type="application/octet-stream")
 
-    def _job(kind: str, body: bytes) -> bytes:
+    def _job(kind: str, body: bytes, gone: threading.Event) -> bytes:
+        if gone.is_set():
+            figures.dropped(kind)
+            return b""
         with figures.job(kind):
             return to_bytes(answer(kind, from_bytes(body), node))
 
@@ -64,6 +71,12 @@ def trainer_app(node: Mapping[str, Any], answer: Answer = answer) -> Starlette:
 
     routes = [Route("/answer/{kind}", put, methods=["POST"]), Route("/health", health), Route("/metrics", metrics)]
     return Starlette(routes=routes)
+
+
+async def _until_gone(request: Request, gone: threading.Event) -> None:
+    """Set `gone` once nobody waits for the answer: after the body, that is all that can still come."""
+    await request.receive()
+    gone.set()
 
 
 def serve(path: Path, node: Mapping[str, Any]) -> None:

@@ -297,8 +297,9 @@ class Federation:
         return [Traffic(up=told[name]["up"], down=told[name]["down"]) for name in published if name in told]
 
     def _name(self, event: str, server_round: int, nodes: list[int]) -> None:
+        names = self._admitted() | self.names if nodes else {}
         for node in nodes:
-            self.journal.tell(event, round=server_round, client=self.roster.get(node, f"node {node}"))
+            self.journal.tell(event, round=server_round, client=names.get(node, f"node {node}"))
 
     def _stored_basis(self) -> str:
         stored = sorted((self.folder / "basis").glob("*.safetensors"))

@@ -39,6 +39,15 @@ def run_folder(folder: Path, config: RunConfig, resume: bool) -> Iterator[None]:
             raise
 
 
+def at_work(folder: Path) -> bool:
+    """Whether a process is at work on the run in a folder."""
+    try:
+        with _alone(folder):
+            return False
+    except StoreError:
+        return True
+
+
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Be the only process at work on a run, for as long as this process lives. Raises StoreError."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
@@ -18,6 +19,7 @@ from strategies.records import bytes_of
 
 POLL_SECONDS = 0.2
 LATE_SECONDS = 10.0  # for which a question outlives its round, since clocks differ by some seconds
+AWAY = {ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE}  # said by Flower itself
 
 
 @dataclass
@@ -56,7 +58,7 @@ class Exchange:
         grid: where the nodes are.
         seconds: the bound; replies that have not arrived by then are dropped.
         traffic: what this exchange moved, counted as it moves.
-        silent: nodes that had not answered in time, or that Flower could not ask.
+        silent: nodes that had not answered in time, that Flower could not ask, or of which it says that they are gone.
         late: nodes that had not answered when the caller had enough replies and closed the generator.
     """
 
@@ -75,6 +77,7 @@ class Exchange:
         ids = list(self.grid.push_messages(outgoing))
         asked = list(zip(ids, (m.metadata.dst_node_id for m in outgoing), strict=True))
         waiting = {message_id: node for message_id, node in asked if message_id}
+        self.silent = [node for message_id, node in asked if not message_id]
         deadline = time.monotonic() + self.seconds
         try:
             while waiting:
@@ -82,10 +85,14 @@ class Exchange:
                 for reply in self.grid.pull_messages(list(waiting)):
                     progressed = True
                     node = waiting.pop(reply.metadata.reply_to_message_id, None)
-                    if node is not None:  # so a second reply to the same message is dropped
-                        reply.metadata.__dict__["_src_node_id"] = node  # Flower itself answers for a node that is gone
-                        self.traffic.up += bytes_of(reply)
-                        yield reply
+                    if node is None:  # a second reply to the same message
+                        continue
+                    if reply.has_error() and reply.error.code in AWAY:
+                        self.silent.append(node)
+                        continue
+                    reply.metadata.__dict__["_src_node_id"] = node  # Flower itself answers for an app that crashed
+                    self.traffic.up += bytes_of(reply)
+                    yield reply
                 if time.monotonic() > deadline:
                     break
                 if waiting and not progressed:
@@ -93,7 +100,7 @@ class Exchange:
         except GeneratorExit:
             self.late = list(waiting.values())
             raise
-        self.silent = [node for message_id, node in asked if message_id in waiting or not message_id]
+        self.silent += waiting.values()
 
 
 def wait_for_nodes(grid: Grid, count: int, seconds: float) -> list[int]:

@@ -22,9 +22,11 @@ from fedsb.errors import DeployError, FederationError, StoreError
 from fedsb.report.screen import screen
 from fedsb.report.table import show_summary
 from fedsb.store.files import read_events, write_file
+from server.run_folder import at_work
 
 POLL_SECONDS = 0.5
 ASK_SECONDS = 5.0  # between two looks at whether the run is still alive
+STARTING_SECONDS = 30.0  # longest that a ServerApp takes from its start to its run's folder
 AWAY_SECONDS = 120.0  # longest that the server may be away while a run is shown
 ENDED = "finished"
 Name = Annotated[str, typer.Argument(help="name of a run; by default the one started last")]
@@ -57,7 +59,7 @@ def resume(
     home: HomeOption = HOME,
     detach: Annotated[bool, typer.Option("--detach", help="return as soon as it is started")] = False,
 ) -> None:
-    """Go on with a run from its last finished round."""
+    """Go on with a run from its last finished round; also one whose ServerApp was killed, before the server has noticed."""
     place = running(home)
     name = name or _last(place)
     path = place.runs / name / "config.toml"
@@ -65,6 +67,7 @@ def resume(
         raise StoreError(f"{place.runs / name} is no run; `fedsb status --home {home}` names those that there are")
     with place.turn():
         chosen, before = RunConfig.load(path), len(read_events(place.runs / name / "events.jsonl"))
+        _bury(place, name)
         _start(place, chosen, resume=True)
     if not detach:
         _follow(place, chosen, before)
@@ -150,8 +153,7 @@ def _runs(place: Home) -> list[dict[str, Any]]:
 def _start(place: Home, chosen: RunConfig, *, resume: bool) -> None:
     """Start a run, in the turn of this command. Raises DeployError if it is under way, begun perhaps a moment ago."""
     number = place.started().get(chosen.name)
-    known = Flower(place).runs() if number else {}  # not there: the server's database is a new one
-    if number in known and not str(known[number]["status"]).startswith(ENDED):
+    if number and _running(Flower(place), number):
         raise DeployError(
             f"{chosen.name} is still running; `fedsb logs {chosen.name}` shows it, `fedsb stop {chosen.name}` ends it"
         )
@@ -164,6 +166,26 @@ def _start(place: Home, chosen: RunConfig, *, resume: bool) -> None:
     place.write_started(before | {chosen.name: number})
 
 
+def _bury(place: Home, name: str) -> None:
+    """Stop a run that the server takes for running although no process is at work on it: it notices only after minutes."""
+    number = place.started().get(name)
+    while number and not at_work(place.runs / name):
+        entry = _running(Flower(place), number)
+        if entry is None:
+            return
+        if float(entry["elapsed"]) > STARTING_SECONDS:
+            Flower(place).stop(number)
+            print(f"{name}: its ServerApp is gone; stopped", file=sys.stderr)
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def _running(flower: Flower, number: str) -> dict[str, Any] | None:
+    """A run's entry at the server; None if it has ended, or the server's database is a new one."""
+    entry = flower.runs().get(number)
+    return None if entry is None or str(entry["status"]).startswith(ENDED) else entry
+
+
 def _follow(place: Home, chosen: RunConfig, shown: int = 0) -> None:
     """Show a run's events as they come, from number `shown` on. Raises FederationError with what the server said, if it fails."""
     folder, number, flower = place.runs / chosen.name, place.started()[chosen.name], Flower(place)
@@ -171,7 +193,7 @@ def _follow(place: Home, chosen: RunConfig, shown: int = 0) -> None:
     try:
         while True:
             shown = _show_new(show, folder, shown)
-            if time.monotonic() - asked > ASK_SECONDS:
+            if (folder / "summary.json").exists() or time.monotonic() - asked > ASK_SECONDS:
                 state, asked = _state(flower, number), time.monotonic()
                 if state.startswith(ENDED):
                     break

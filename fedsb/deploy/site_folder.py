@@ -54,7 +54,7 @@ def make_site(name: str, folder: Path, policy: str, server: str = "", ca: Path |
     if authority:
         write_file(folder / "identity" / "ca.pem", authority)
     user, group = (os.getuid(), os.getgid()) if os.getuid() else (UNPRIVILEGED, UNPRIVILEGED)
-    settings = {"FEDSB_SITE": name, "FEDSB_SERVER": "", "FEDSB_IMAGE": IMAGE, "FEDSB_DATA": "./data"}
+    settings = {"FEDSB_SITE": name, "FEDSB_SERVER": "", "FEDSB_IMAGE": IMAGE, "FEDSB_DATA": "./data", "FEDSB_POLL_SECONDS": "3"}
     settings |= {"FEDSB_UID": str(user), "FEDSB_GID": str(group)} | _settings(folder / ".env")
     settings |= {"FEDSB_SERVER": server} if server else {}
     write_file(folder / ".env", "".join(f"{key}={value}\n" for key, value in settings.items()).encode())

@@ -35,6 +35,7 @@ from tests.federation.tiny import config_of, save_model, save_task, table
 ROOT = Path(__file__).parents[2]
 START = Callable[..., subprocess.Popen[bytes]]
 PLACE = ("--name", "client-1", "--index", "1", "--sites", "3")
+SECONDS = 120.0  # longest wait for an answer
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n"
 
 
@@ -74,9 +75,16 @@ def question(run: str, kind: str, basis: str, size: int = 0) -> Message:
     return message
 
 
+def slow_run(run: str) -> str:
+    """The same with training of several seconds."""
+    long = json.loads(run)
+    long["train"]["steps"] = 400
+    return json.dumps(long)
+
+
 def prepared(path: Path, run: str) -> tuple[str, int]:
     """Fingerprint of the basis, and size of a state."""
-    reply = ask(path, PREPARE, question(run, PREPARE, "?").content)
+    reply = ask(path, PREPARE, question(run, PREPARE, "?").content, SECONDS)
     return str(reply["identity"]["basis"]), open_session(run).layout.size
 
 
@@ -84,7 +92,7 @@ def test_it_answers_as_this_process_would(start: START, path: Path, run: str, tm
     start()
     basis, size = prepared(path, run)
     message = question(run, TRAIN, basis, size)
-    there = ask(path, TRAIN, message.content)
+    there = ask(path, TRAIN, message.content, SECONDS)
     node = node_configs(["client-0", "client-1", "client-2"], str(tmp_path / "here"))[1]
     answers.answer(PREPARE, question(run, PREPARE, basis).content, node)
     here = answers.answer(TRAIN, message.content, node)
@@ -113,11 +121,9 @@ def test_the_flower_app_imports_no_torch() -> None:
 def test_killed_in_a_job_it_is_asked_again_when_it_is_back(start: START, path: Path, run: str) -> None:
     process = start()
     basis, size = prepared(path, run)
-    long = json.loads(run)
-    long["train"]["steps"] = 400
-    slow, found = json.dumps(long), []
-    ask(path, PREPARE, question(slow, PREPARE, basis).content)
-    asking = threading.Thread(target=lambda: found.append(ask(path, TRAIN, question(slow, TRAIN, basis, size).content)))
+    slow, found = slow_run(run), []
+    ask(path, PREPARE, question(slow, PREPARE, basis).content, SECONDS)
+    asking = threading.Thread(target=lambda: found.append(ask(path, TRAIN, question(slow, TRAIN, basis, size).content, SECONDS)))
     asking.start()
     while not _health(path)["jobs"]:
         time.sleep(0.01)
@@ -128,12 +134,35 @@ def test_killed_in_a_job_it_is_asked_again_when_it_is_back(start: START, path: P
     assert found and unpack_state(found[0][ARRAYS]).any()
 
 
+def test_a_trainer_is_not_waited_for_without_end(start: START, path: Path, run: str) -> None:
+    """And a question that nobody waits for any more is dropped, so that a slow site does not fall ever further behind."""
+    start()
+    basis, size = prepared(path, run)
+    slow, found = slow_run(run), []
+    ask(path, PREPARE, question(slow, PREPARE, basis).content, SECONDS)
+    asking = threading.Thread(target=lambda: found.append(ask(path, TRAIN, question(slow, TRAIN, basis, size).content, SECONDS)))
+    asking.start()
+    while not _health(path)["jobs"]:
+        time.sleep(0.01)
+    for _ in range(2):
+        with pytest.raises(TrainerError, match=r"trainer.sock did not answer train in 0.2 s; see its log"):
+            ask(path, TRAIN, question(run, TRAIN, basis, size).content, 0.2)
+    assert not found
+    asking.join(timeout=60)
+    assert found
+    while _health(path)["jobs"]:
+        time.sleep(0.01)
+    told = _told(TrainerRelay(path, print))
+    assert (told[_jobs(TRAIN, "answered")], told[_jobs(TRAIN, "dropped")]) == (1, 2)
+    assert told["fedsb_trainer_jobs_waiting"] == 0
+
+
 def test_one_job_at_a_time_and_all_are_done(start: START, path: Path, run: str) -> None:
     start()
     basis, size = prepared(path, run)
     found: list[RecordDict] = []
     threads = [
-        threading.Thread(target=lambda: found.append(ask(path, TRAIN, question(run, TRAIN, basis, size).content)))
+        threading.Thread(target=lambda: found.append(ask(path, TRAIN, question(run, TRAIN, basis, size).content, SECONDS)))
         for _ in range(4)
     ]
     for thread in threads:
@@ -162,7 +191,7 @@ def test_what_it_cannot_answer_it_says_in_one_sentence(
     start()
     records = RecordDict({name: ConfigRecord(record) for name, record in content.items()})
     with pytest.raises(TrainerError, match=said):
-        ask(path, kind, records)
+        ask(path, kind, records, SECONDS)
     assert _health(path) == {"site": "client-1", "jobs": []}
 
 
@@ -173,16 +202,16 @@ def test_a_site_with_own_data_needs_no_place_and_says_what_it_lacks(start: START
     own = json.dumps(content)
     start("--name", "delta")
     with pytest.raises(TrainerError, match=f"^{folder}: there is no such folder; a jsonl: task is a folder with train.jsonl"):
-        ask(path, PREPARE, question(own, PREPARE, "?").content)
+        ask(path, PREPARE, question(own, PREPARE, "?").content, SECONDS)
     said = (tmp_path / "log").read_text()
     assert f"query.prepare was refused: {folder}: there is no such folder" in said and f"working folder {ROOT}" in said
     save_task(folder)
-    basis = str(ask(path, PREPARE, question(own, PREPARE, "?").content)["identity"]["basis"])
+    basis = str(ask(path, PREPARE, question(own, PREPARE, "?").content, SECONDS)["identity"]["basis"])
     (folder / "train.jsonl").write_text('{"text": "red", "label": "low"}\n')
     (folder / "test.jsonl").write_text('{"text": "a private text", "label": "and a private label"}\n')
     content["name"] = "another"
     with pytest.raises(TrainerError) as caught:
-        ask(path, PREPARE, question(json.dumps(content), PREPARE, basis).content)
+        ask(path, PREPARE, question(json.dumps(content), PREPARE, basis).content, SECONDS)
     assert f"{folder}/test.jsonl:1: label …" in str(caught.value) and "private" not in str(caught.value)
     assert "and a private label" in (tmp_path / "log").read_text()
 
@@ -194,7 +223,7 @@ def test_a_name_that_is_none_is_refused_when_the_trainer_starts(start: START, tm
 
 def test_a_trainer_that_is_away_is_named(path: Path) -> None:
     with pytest.raises(TrainerError, match=r"no trainer answers at .*trainer.sock .* start it with `fedsb trainer`"):
-        ask(path, TRAIN, RecordDict(), wait_seconds=0.3)
+        ask(path, TRAIN, RecordDict(), SECONDS, wait_seconds=0.3)
 
 
 def test_a_file_at_the_place_of_the_socket_stays(start: START, path: Path) -> None:
@@ -219,10 +248,10 @@ def test_a_trainer_counts_its_jobs(start: START, path: Path, run: str, tmp_path:
     process = start()
     basis, size = prepared(path, run)
     for _ in range(2):
-        ask(path, TRAIN, question(run, TRAIN, basis, size).content)
+        ask(path, TRAIN, question(run, TRAIN, basis, size).content, SECONDS)
     for kind in (TRAIN, "train.everything", "train.nothing"):
         with pytest.raises(TrainerError):
-            ask(path, kind, RecordDict())
+            ask(path, kind, RecordDict(), SECONDS)
     told = _told(collector)
     jobs = {name: value for name, value in told.items() if name.startswith("fedsb_trainer_jobs_total") and value}
     assert jobs == {

@@ -9,7 +9,7 @@ from fedsb.store.files import read_events
 from tests.deploy.test_loopback import fedsb
 from tests.federation.tiny import assert_same_result, config_of, federate, save_model, save_task, table
 
-pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.apart, pytest.mark.timeout(600)]
 
 
 def test_a_site_without_its_folder_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ SITES = ["alpha", "beta", "gamma"]
 PARTS = ("supernode", "executor", "trainer")
 SECONDS = 480.0  # after which what ought to happen has not happened
 POLL_SECONDS = 0.02
-LONG = {"steps": 100}  # training that takes a second: long enough to be caught at it
+LONG = {"steps": 40}  # training of half a second: long enough to be caught at it
 T = TypeVar("T")
 
 

@@ -69,12 +69,10 @@ def test_a_serverapp_killed_while_it_writes_a_checkpoint(federation: Federation,
     server.kill()
     done = len([name for name in os.listdir(folder) if not name.startswith(".")])
     assert any(staged.fullmatch(name) for name in os.listdir(folder))
-    federation.fedsb("stop", "serverapp")
     federation.fedsb("resume", "serverapp", "--detach")
     run.wait("round", round=done + 1)
     federation.app("server-executor", "flwr-serverapp").kill()
-    federation.fedsb("stop", "serverapp")
-    federation.fedsb("resume", "serverapp")
+    assert "its ServerApp is gone; stopped" in federation.fedsb("resume", "serverapp").stderr
     assert [event["round"] for event in run.events("resumed")] == [done, done + 1]
     assert [event["round"] for event in run.events("round")] == [1, 2, 3]
     _assert_undisturbed(run, scratch)

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -108,6 +109,26 @@ def test_a_node_that_flower_cannot_ask_is_silent_at_once() -> None:
     exchange = Exchange(Forgetful(app, [{}] * 4), 100)
     assert [reply.metadata.src_node_id for reply in exchange(_questions(4))] == [2, 5]
     assert exchange.silent == [3, 4]
+
+
+def test_a_node_of_which_flower_says_that_it_is_gone_is_silent_and_what_failed_there_is_not() -> None:
+    class Answering(LocalGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
+            for reply in super().pull_messages(message_ids):
+                codes = {3: ErrorCode.NODE_UNAVAILABLE, 4: ErrorCode.CLIENT_APP_CRASHED}
+                code = codes.get(reply.metadata.src_node_id)
+                if code is not None:
+                    reply.metadata.__dict__["_src_node_id"] = 1  # Flower answers in its own name
+                    reply.__dict__["_content"], reply.__dict__["_error"] = None, Error(code, "said by Flower")
+                yield reply
+
+    exchange = Exchange(Answering(app, [{}] * 4), 100)
+    assert [(reply.metadata.src_node_id, reply.has_error()) for reply in exchange(_questions(4))] == [
+        (2, False),
+        (4, True),
+        (5, False),
+    ]
+    assert exchange.silent == [3]
 
 
 def test_nobody_to_ask_is_no_wait() -> None:
