@@ -32,11 +32,12 @@ from fedsb.adapters.state import parameters_of
 from fedsb.adapters.tuner import adapted_layers, set_basis
 from fedsb.basis.frames import Basis
 from fedsb.basis.spectral import random_basis
-from fedsb.config import BasisSection, RunConfig, TrainSection
+from fedsb.config import RunConfig
 from fedsb.data.batches import Encoded, collate, encode
 from fedsb.data.sites import all_parts
 from fedsb.data.tasks import load_task
 from fedsb.models import device_of, load_model, load_tokenizer, locate
+from fedsb.sections import BasisSection, TrainSection
 from fedsb.training import start
 from fedsb.training.loop import round_plan, train
 

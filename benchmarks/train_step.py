@@ -18,9 +18,9 @@ import torch
 from benchmarks.harness import Peak, child, figure, in_turns, median, report, say, seconds
 from fedsb.adapters.state import parameters_of
 from fedsb.adapters.tuner import LoraSbConfig
-from fedsb.config import ModelSection
 from fedsb.data.batches import Batch, Encoded
 from fedsb.models import device_of, load_model, load_tokenizer, locate
+from fedsb.sections import ModelSection
 from fedsb.training.loop import Plan, train
 from fedsb.training.loss import causal_loss
 

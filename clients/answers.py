@@ -7,18 +7,23 @@ go on alone. `evaluate`: score base, global or personal core on the own test set
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from flwr.app import ArrayRecord, RecordDict
+from torch import Tensor
 
-from clients.policy import load_policy
+from clients.budget import Budget
+from clients.policy import Policy, load_policy
 from clients.session import Session, Site, open_session
 from fedsb.config import RunConfig
 from fedsb.data.tasks import Split
-from fedsb.errors import FedsbError, PolicyError
+from fedsb.errors import FedsbError, PolicyError, PrivacyError
+from fedsb.privacy.clipping import clip
+from fedsb.privacy.mechanism import Mechanism
 from fedsb.store.tensors import load_tensors, save_tensors
-from fedsb.training.loop import personal_plan, round_plan
+from fedsb.training.loop import Plan, personal_plan, round_plan
 from strategies.records import (
     ARRAYS,
     BASIS,
@@ -27,7 +32,6 @@ from strategies.records import (
     EXAMPLES,
     KEPT,
     LOSS,
-    METRICS,
     PERSONALISE,
     PREPARE,
     SECONDS,
@@ -42,6 +46,7 @@ from strategies.records import (
 )
 
 Node = Mapping[str, Any]  # a SuperNode's --node-config
+ANYTHING = Policy.model_validate({})
 
 
 def answer(kind: str, content: RecordDict, node: Node) -> RecordDict:
@@ -54,53 +59,55 @@ def answer(kind: str, content: RecordDict, node: Node) -> RecordDict:
     order = Order.of(content)
     check_versions(order.versions)
     path = node.get("policy")
-    if not path:
-        return ANSWERS[kind](content, node)
-    policy = load_policy(Path(str(path)))
+    policy = load_policy(Path(str(path))) if path else ANYTHING
     config = RunConfig.from_json(order.run)
     policy.check(config)
     if order.round > config.federation.rounds:
         raise PolicyError(f"round {order.round} of a run of {config.federation.rounds} rounds is beyond what was agreed")
-    reply = ANSWERS[kind](content, node)
-    if kind == PERSONALISE and not policy.personal_adapter_may_leave:
-        del reply[ARRAYS]
-        reply.metric_records[METRICS][KEPT] = 1
-    return reply
+    return ANSWERS[kind](content, node, policy)
 
 
-def prepare(content: RecordDict, node: Node) -> RecordDict:
+def prepare(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
     """Load model and data and get hold of the basis; the reply says which one, and of which layout states are."""
     order = Order.of(content)
     session = open_session(order.run)
     site = site_of(node, session.config)
     for split in get_args(Split):
         session.examples(site, split)  # so that a site without its data says so before it is counted on
+    if session.config.privacy.unit != "none":
+        Budget.of(session, site, policy).allow(1)  # so that a site whose budget is spent says so before it is counted on
     sent = content.get(BASIS)
     basis = session.prepare(site, order.basis, unpack_basis(sent) if isinstance(sent, ArrayRecord) else None)
     return reply_content(Identity(site.name, order.round, basis, session.layout.fingerprint, model=session.model_sha256))
 
 
-def train(content: RecordDict, node: Node) -> RecordDict:
+def train(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
     """One round: the global core in, the locally trained core out."""
     order, session, site = _opened(content, node)
-    trained = session.train(site, unpack_state(content.get(ARRAYS)), round_plan(session.config, order.round))
-    metrics = {EXAMPLES: trained.examples, LOSS: trained.loss, SECONDS: trained.seconds}
-    state = pack_state(trained.vector, session.config.federation.wire_dtype)
-    return reply_content(_identity(order, session, site), metrics, state)
+    vector, metrics = _train(content, TRAIN, session, site, policy, round_plan(session.config, order.round))
+    return reply_content(_identity(order, session, site), metrics, pack_state(vector, session.config.federation.wire_dtype))
 
 
-def personalise(content: RecordDict, node: Node) -> RecordDict:
-    """Go on from the global core on the own data alone, keep the result, and hand it over for the adapter store."""
+def personalise(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
+    """Go on from the global core on the own data alone, keep the result, and hand it over for the adapter store.
+
+    It stays here if the policy says so; and with privacy by client, which protects what is summed and not one client's own.
+    """
     order, session, site = _opened(content, node)
-    trained = session.train(site, unpack_state(content.get(ARRAYS)), personal_plan(session.config))
-    save_tensors(_personal_file(site, session.config), session.layout.unflatten(trained.vector), {"basis": order.basis})
-    metrics = {EXAMPLES: trained.examples, LOSS: trained.loss, SECONDS: trained.seconds}
-    return reply_content(_identity(order, session, site), metrics, pack_state(trained.vector, "fp32"))
+    vector, metrics = _train(content, PERSONALISE, session, site, policy, personal_plan(session.config))
+    save_tensors(_personal_file(site, session.config), session.layout.unflatten(vector), {"basis": order.basis})
+    leaves = policy.personal_adapter_may_leave and session.config.privacy.unit != "client"
+    state = pack_state(vector, "fp32") if leaves else None
+    return reply_content(_identity(order, session, site), metrics if leaves else metrics | {KEPT: 1}, state)
 
 
-def evaluate(content: RecordDict, node: Node) -> RecordDict:
+def evaluate(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
     """Score base, global and personal core, as asked, on the own test set; without a personal core there is no score of it."""
     order, session, site = _opened(content, node)
+    if not policy.test_scores_may_leave:
+        raise PolicyError("the site's policy does not let scores on its test set leave (test_scores_may_leave = false)")
+    if session.config.privacy.unit != "none" and session.config.privacy.scores == "withheld":
+        raise PrivacyError('privacy.scores = "withheld": scores on test sets are not told in this run')
     metrics: dict[str, int | float] = {}
     for which in order.which.split(","):
         if which == "global":
@@ -116,7 +123,7 @@ def evaluate(content: RecordDict, node: Node) -> RecordDict:
     return reply_content(_identity(order, session, site), metrics)
 
 
-ANSWERS: dict[str, Callable[[RecordDict, Node], RecordDict]] = {
+ANSWERS: dict[str, Callable[[RecordDict, Node, Policy], RecordDict]] = {
     PREPARE: prepare,
     TRAIN: train,
     PERSONALISE: personalise,
@@ -140,6 +147,27 @@ def site_of(node: Node, config: RunConfig) -> Site:
         )
     folder = node.get("folder") or os.environ.get("FEDSB_HOME") or Path.home() / ".fedsb" / "sites"
     return Site(str(node["name"] if "name" in node else names[index]), index, Path(str(folder)))
+
+
+def _train(
+    content: RecordDict, kind: str, session: Session, site: Site, policy: Policy, plan: Plan
+) -> tuple[Tensor, dict[str, int | float]]:
+    """The state after local training, and what is told about it; with privacy nothing is, since it would be about records."""
+    received, unit = unpack_state(content.get(ARRAYS)), session.config.privacy.unit
+    if unit == "none" or (unit == "client" and kind == PERSONALISE):
+        trained = session.train(site, received, plan)
+        told = {EXAMPLES: trained.examples, LOSS: trained.loss, SECONDS: trained.seconds}
+        return trained.vector, told if unit == "none" else {}
+    budget = Budget.of(session, site, policy)
+    if unit == "record":
+        work = partial(session.train_private, site, received, plan)
+        return budget.release(kind, content, plan.count, work) if plan.count else received, {}
+
+    def clipped(mechanism: Mechanism) -> Tensor:
+        moved = session.train(site, received, plan).vector - received
+        return received + clip(moved, mechanism.clip_norm).vector
+
+    return budget.release(kind, content, 1, clipped), {}
 
 
 def _opened(content: RecordDict, node: Node) -> tuple[Order, Session, Site]:

@@ -12,8 +12,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from fedsb.config import PositiveFloat, PositiveInt, RunConfig, Section
+from fedsb.config import RunConfig
 from fedsb.errors import ConfigError, PolicyError
+from fedsb.sections import PositiveFloat, PositiveInt, Section
 from fedsb.validation import validated
 
 Names = Annotated[tuple[str, ...] | None, Field(strict=False)]
@@ -30,8 +31,13 @@ class Policy(Section):
     max_rounds: PositiveInt | None = Field(None, description="most rounds of a run")
     max_epsilon: PositiveFloat | None = Field(
         None,
-        description="largest ε that a run may spend of this site's data; one without differential privacy spends without bound",
+        description="largest ε that all runs together may spend of this site's data, by its ledger; without privacy none may",
     )
+    data_may_change: bool = Field(
+        False,
+        description="true: training data other than those that the site's ledger knows are taken; what is spent of both adds up",
+    )
+    test_scores_may_leave: bool = Field(True, description="false: how well a model does on this site's test set is not told")
     personal_adapter_may_leave: bool = Field(
         True, description="false: the personal adapter stays on this site's disk and is not published"
     )
@@ -46,7 +52,7 @@ class Policy(Section):
         for task in config.data.tasks:
             if self.tasks is not None and not _matches(task.source, self.tasks):
                 raise _beyond("data.tasks", task.source, f"tasks = {list(self.tasks)}")
-        if self.max_epsilon is not None:
+        if self.max_epsilon is not None and config.privacy.unit == "none":
             raise PolicyError(
                 f"the site's policy allows no run without differential privacy (max_epsilon = {self.max_epsilon}); this is one"
             )
@@ -63,7 +69,8 @@ class Policy(Section):
 def template() -> str:
     """A policy file that allows everything, with every setting explained."""
     examples = {"methods": '["lora-sb"]', "models": '["smollm2-*"]', "tasks": '["jsonl:/data/*"]', "max_rank": "64"}
-    examples |= {"max_steps": "100", "max_rounds": "50", "max_epsilon": "8.0", "personal_adapter_may_leave": "false"}
+    examples |= {"max_steps": "100", "max_rounds": "50", "max_epsilon": "8.0"}
+    examples |= {"data_may_change": "true", "test_scores_may_leave": "false", "personal_adapter_may_leave": "false"}
     lines = ["# What this site allows. A line without # limits; * stands for any characters."]
     for name, field in Policy.model_fields.items():
         lines += [f"# {field.description}", f"#{name} = {examples[name]}"]

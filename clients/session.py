@@ -14,16 +14,20 @@ from fedsb.adapters.attach import attach, initial_state, layout_of
 from fedsb.adapters.state import get_state, parameters_of, set_state
 from fedsb.adapters.tuner import set_basis
 from fedsb.basis.frames import Basis
-from fedsb.config import SITE_NAME, RunConfig
+from fedsb.config import RunConfig
 from fedsb.data.batches import Encoded, encode
 from fedsb.data.examples import Example
 from fedsb.data.sites import client_data
 from fedsb.data.tasks import Split, labels_of
 from fedsb.errors import BasisError, FedsbError
 from fedsb.models import device_of, load_model, load_tokenizer, locate
+from fedsb.privacy.mechanism import Mechanism
+from fedsb.privacy.noise import KeyStream
+from fedsb.sections import SITE_NAME
 from fedsb.serving.evaluator import Score, evaluate
 from fedsb.store.basis_files import load_basis, save_basis
 from fedsb.training.loop import Plan, train
+from fedsb.training.private import train_private
 from fedsb.training.start import build_basis, can_rebuild
 
 KEPT_SPLITS = 64  # of clients' data, as examples and as tokens, that are kept at one time
@@ -108,6 +112,23 @@ class Session:
             client=site.name,
         )
         return Trained(self.layout.flatten(get_state(self.model)), loss, len(rows), time.monotonic() - started)
+
+    def train_private(self, site: Site, vector: Tensor, plan: Plan, mechanism: Mechanism) -> Tensor:
+        """Train from a state on the client's own examples with privacy for each of them; the new state (size,), fp32."""
+        set_state(self.model, self.layout.unflatten(vector))
+        train_private(
+            self.transformer,
+            self.parameters,
+            self.rows(site, "train"),
+            plan,
+            mechanism,
+            KeyStream(),
+            kind=self.config.model.kind,
+            pad_id=self.tokenizer.pad_token_id,
+            seed=self.config.seed,
+            client=site.name,
+        )
+        return self.layout.flatten(get_state(self.model))
 
     def score(self, site: Site, vector: Tensor) -> Score:
         """Score a state on the client's own test set."""

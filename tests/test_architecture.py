@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    ["fedsb.errors", "fedsb.validation", "fedsb.config"],
-    ["fedsb.models", "fedsb.data", "fedsb.basis"],
+    ["fedsb.errors", "fedsb.validation", "fedsb.sections", "fedsb.config"],
+    ["fedsb.models", "fedsb.data", "fedsb.basis", "fedsb.privacy"],
     ["fedsb.adapters"],
     ["fedsb.aggregation", "fedsb.training", "fedsb.store", "fedsb.report"],
     ["fedsb.deploy", "fedsb.serving"],
@@ -19,6 +19,7 @@ FLOORS = [
 ]
 SAME_FLOOR = {
     ("fedsb.config", "fedsb.errors"),
+    ("fedsb.config", "fedsb.sections"),
     ("fedsb.config", "fedsb.validation"),
     ("fedsb.validation", "fedsb.errors"),
     ("fedsb.models", "fedsb.data"),

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from fedsb import models
 from fedsb.adapters.attach import attach, layout_of
-from fedsb.config import ModelSection
 from fedsb.errors import ConfigError, DiskError, ModelError
 from fedsb.models import SHORT_NAMES, device_of, dtype_of, load_model, load_tokenizer, locate, outline_model
+from fedsb.sections import ModelSection
 from tests.adapters.samples import bert, llama, run_config
 from tests.data.test_batches import byte_tokenizer
 

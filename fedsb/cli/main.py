@@ -35,6 +35,7 @@ COMMANDS = {
     "logs": "run",
     "stop": "run",
     "site": "site",
+    "privacy": "privacy",
     "certs": "certs",
     "init": "certs",
     "trainer": "trainer",

@@ -18,7 +18,8 @@ from pydantic.fields import FieldInfo
 
 from fedsb.cli.main import COMMANDS as KNOWN
 from fedsb.cli.main import app, register
-from fedsb.config import RunConfig, TaskSection
+from fedsb.config import RunConfig
+from fedsb.sections import TaskSection
 
 CONFIGURATION = """\
 # Configuration

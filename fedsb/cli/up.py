@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from clients.policy import load_policy, template
-from fedsb.config import SITE_NAME
 from fedsb.deploy import processes
 from fedsb.deploy.certs import check_valid, make_authority, make_node_key
 from fedsb.deploy.flower import Flower
 from fedsb.deploy.home import Home, LocalSite, Topology
 from fedsb.deploy.sites import admit
 from fedsb.errors import DeployError
+from fedsb.sections import SITE_NAME
 from fedsb.store.files import write_file, writing
 
 HOME = Path("federation")

@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fedsb.config import TaskSection
 from fedsb.data.examples import Example
 from fedsb.data.seeds import derived_seed
 from fedsb.errors import DataError
+from fedsb.sections import TaskSection
 
 REPEATS = 200  # so many known questions in a row, and the data set counts as used up
 HASH_SEEDED = frozenset(  # measured with reasoning-gym 0.1.25: other questions or answers under another PYTHONHASHSEED

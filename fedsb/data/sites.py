@@ -5,11 +5,12 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fedsb.config import CLIENT, DataSection, RunConfig
+from fedsb.config import RunConfig
 from fedsb.data.examples import Example
 from fedsb.data.partition import partition, partition_like
 from fedsb.data.tasks import Split, load_task
 from fedsb.errors import DataError
+from fedsb.sections import CLIENT, DataSection
 
 
 class _Key(NamedTuple):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from fedsb.config import RunConfig, TaskSection
+from fedsb.config import RunConfig
 from fedsb.data.examples import Example
 from fedsb.data.gym import gym_examples
 from fedsb.data.hub import read_hub
@@ -13,6 +13,7 @@ from fedsb.data.jsonl import read_jsonl
 from fedsb.data.rows import Row
 from fedsb.data.seeds import generator
 from fedsb.errors import DataError
+from fedsb.sections import TaskSection
 
 Split = Literal["train", "test"]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedsb.config import SiteName
 from fedsb.deploy.certs import Authority
 from fedsb.errors import DeployError
+from fedsb.sections import SiteName
 from fedsb.store.files import read_json, write_file, write_json, writing
 
 LOCK = ".lock"

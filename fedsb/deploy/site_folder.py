@@ -5,9 +5,9 @@ from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
-from fedsb.config import SITE_NAME
 from fedsb.deploy.certs import check_valid, make_node_key
 from fedsb.errors import DeployError
+from fedsb.sections import SITE_NAME
 from fedsb.store.files import read_file, write_file, writing
 
 FOLDERS = ("identity", "policy", "data", "state", "run")

@@ -4,11 +4,11 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-from fedsb.config import SITE_NAME
 from fedsb.deploy.certs import check_public_key
 from fedsb.deploy.flower import Flower
 from fedsb.deploy.home import Admitted, Home
 from fedsb.errors import DeployError
+from fedsb.sections import SITE_NAME
 from fedsb.store.files import read_file, sha256_of, write_file
 
 

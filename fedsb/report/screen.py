@@ -61,7 +61,7 @@ class Bars:
             self._drop()
             self._task = self._progress.add_task(event["title"], total=event["clients"], note="")
         elif kind in ("reply", "personal", "scored", "prepared") and self._task is not None:
-            note = f"{event['client']}: loss {event['loss']:.3f}" if "loss" in event else event["client"]
+            note = f"{event['client']}: loss {event['loss']:.3f}" if event.get("loss") is not None else event["client"]
             self._progress.update(self._task, advance=1, note=note)
         elif text := sentence(event):
             self._drop()
@@ -92,11 +92,10 @@ def sentence(event: dict[str, Any]) -> str:
             sent = f"{human_bytes(event['bytes'])} to every client" if event["sent"] else "rebuilt by every client, nothing sent"
             return f"basis {event['source']} {event['fingerprint'][:12]}: {sent} ({human_seconds(event['seconds'])})"
         case "round":
-            return (
-                f"round {event['round']}/{event['rounds']}  loss {event['loss']:.3f}  "
-                f"up {human_bytes(event['up'])}  down {human_bytes(event['down'])}  "
-                f"aggregation error {event['aggregation_error']:.1e}  {human_seconds(event['seconds'])}"
-            )
+            loss = "" if event["loss"] is None else f"loss {event['loss']:.3f}  "  # with privacy nobody tells it
+            error = "" if event["aggregation_error"] is None else f"aggregation error {event['aggregation_error']:.1e}  "
+            moved = f"up {human_bytes(event['up'])}  down {human_bytes(event['down'])}"
+            return f"round {event['round']}/{event['rounds']}  {loss}{moved}  {error}{human_seconds(event['seconds'])}"
         case "refused":
             return f"round {event['round']}: {event['client']} was left out: it {event['reason']}"
         case "left-out":

@@ -41,7 +41,10 @@ def mean_score(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float] | No
 def show_summary(summary: Mapping[str, Any], adapters: str) -> None:
     """Print the table, the bytes moved and where the adapters lie."""
     console = Console(width=None if Console().is_terminal else 120)
-    console.print(evaluation_table(summary["evaluation"]))
+    if summary["evaluation"]["base"]:
+        console.print(evaluation_table(summary["evaluation"]))
+    else:
+        console.print('scores on the clients\' test sets are withheld (privacy.scores = "plain" has them told)', highlight=False)
     moved, seconds = summary["bytes"], summary["seconds"]
     console.print(
         f"moved: basis {human_bytes(moved['basis'])}, up {human_bytes(moved['up'])}, down {human_bytes(moved['down'])} "

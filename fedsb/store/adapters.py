@@ -20,8 +20,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from fedsb.config import SITE_NAME
 from fedsb.errors import AdapterError, StoreError
+from fedsb.sections import SITE_NAME
 from fedsb.store.files import read_file, read_json, sha256_of, staged_folder, write_file, write_json, writing
 from fedsb.store.tensors import load_tensors, save_tensors
 

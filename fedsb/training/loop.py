@@ -1,7 +1,7 @@
 """Local training: a client's steps of one round. Without state between rounds, so a resumed run repeats it exactly."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedsb.adapters.state import HEAD
 from fedsb.config import RunConfig
-from fedsb.data.batches import Encoded, Kind, collate, draw
+from fedsb.data.batches import Batch, Encoded, Kind, collate, draw
 from fedsb.data.seeds import generator
 from fedsb.training.loss import causal_loss, classification_loss
 
@@ -128,19 +128,11 @@ def train(
         model: the transformers model (not the PEFT wrapper) that holds the parameters.
         rows: the client's training examples; which of them a step takes is drawn from (seed, client, step).
     """
-    loss_of = classification_loss if kind == "classification" else causal_loss
-    device = next(iter(parameters.values())).device
-    heads = [p for name, p in parameters.items() if name.startswith(HEAD)]
-    cores = [p for name, p in parameters.items() if not name.startswith(HEAD)]
-    groups = [
-        {"params": params, "base": base}
-        for params, base in ((cores, plan.learning_rate), (heads, plan.head_learning_rate))
-        if params
-    ]
-    optimiser = torch.optim.AdamW(groups, lr=plan.learning_rate, betas=BETAS, weight_decay=0.0)
+    loss_of, device = loss_function(kind), next(iter(parameters.values())).device
+    optimiser = optimiser_of(parameters, plan)
     losses: list[Tensor] = []
     model.train()
-    torch.manual_seed(_dropout_seed(seed, client, plan.first))
+    seed_dropout(seed, client, plan.first)
     for step in range(plan.first, plan.first + plan.count):
         drawn = [rows[i] for i in draw(len(rows), step, plan.batch_size, seed, client)]
         drawn.sort(key=len)  # neighbours of like length have little padding
@@ -159,5 +151,23 @@ def train(
     return float(torch.stack(losses).mean()) if losses else float("nan")
 
 
-def _dropout_seed(seed: int, client: str, step: int) -> int:
-    return int(generator(seed, "dropout", client, step).integers(2**31))
+def loss_function(kind: Kind) -> Callable[[Any, Batch], Tensor]:
+    """(model, batch) → the mean of per-sequence losses, a scalar."""
+    return classification_loss if kind == "classification" else causal_loss
+
+
+def optimiser_of(parameters: Mapping[str, nn.Parameter], plan: Plan) -> torch.optim.AdamW:
+    """AdamW with a group for cores and one for heads; `base` of a group is its learning rate before the schedule."""
+    heads = [p for name, p in parameters.items() if name.startswith(HEAD)]
+    cores = [p for name, p in parameters.items() if not name.startswith(HEAD)]
+    groups = [
+        {"params": params, "base": base}
+        for params, base in ((cores, plan.learning_rate), (heads, plan.head_learning_rate))
+        if params
+    ]
+    return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=BETAS, weight_decay=0.0)
+
+
+def seed_dropout(seed: int, client: str, step: int) -> None:
+    """Let dropout from `step` on follow from seed, client and step."""
+    torch.manual_seed(int(generator(seed, "dropout", client, step).integers(2**31)))

@@ -11,9 +11,9 @@ from reasoning_gym.dataset import ProceduralDataset
 from reasoning_gym.factory import DATASETS
 
 import fedsb.data.gym as gym
-from fedsb.config import TaskSection
 from fedsb.data.tasks import load_task
 from fedsb.errors import DataError
+from fedsb.sections import TaskSection
 
 
 @dataclass

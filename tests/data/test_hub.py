@@ -4,10 +4,10 @@ from typing import Any
 import datasets
 import pytest
 
-from fedsb.config import TaskSection
 from fedsb.data.examples import Example
 from fedsb.data.tasks import label_names, load_task
 from fedsb.errors import DataError
+from fedsb.sections import TaskSection
 
 
 @pytest.fixture

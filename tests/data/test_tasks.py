@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
-from fedsb.config import RunConfig, TaskSection
+from fedsb.config import RunConfig
 from fedsb.data.examples import Example
 from fedsb.data.tasks import label_names, labels_of, load_task
 from fedsb.errors import DataError
+from fedsb.sections import TaskSection
 
 
 def jsonl_task(folder: Path, train_rows: Any, test_rows: Any = (), **caps: Any) -> TaskSection:

@@ -1,0 +1,130 @@
+"""What leaves a site under differential privacy: allowed by its budget before it is computed, in its ledger before it leaves.
+
+    budget (this run's ε, the site's cap) → the noisy answer → the answer on disk → the entry in the ledger → the reply
+
+A process killed between any two of these has at worst paid for what nobody got. The same question asked again, after a
+crash of either side, gets the same answer from the disk and costs nothing.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.app import RecordDict
+from torch import Tensor
+
+from clients.policy import Policy
+from clients.session import Session, Site
+from fedsb.config import RunConfig
+from fedsb.data.examples import Example
+from fedsb.errors import BudgetError, LedgerError
+from fedsb.privacy.mechanism import Mechanism, delta_of, mechanism_of
+from fedsb.store.ledger import NAME, Entry, Ledger, now, spent
+from fedsb.store.tensors import load_tensors, save_tensors
+from strategies.envelope import to_bytes
+from strategies.records import Order
+
+STATE = "state"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one client may release in one run, and where it is written down."""
+
+    config: RunConfig
+    site: Site
+    policy: Policy
+    dataset: str
+    records: int
+
+    @classmethod
+    def of(cls, session: Session, site: Site, policy: Policy) -> "Budget":
+        """The budget of a site's training data in a session's run."""
+        examples = session.examples(site, "train")
+        return cls(session.config, site, policy, fingerprint(examples), len(examples))
+
+    @property
+    def ledger(self) -> Ledger:
+        """This client's ledger."""
+        return Ledger(self.site.folder / self.site.name / NAME, self.site.name)
+
+    @property
+    def units(self) -> int:
+        """How many there are of what is protected: this client's records, or the planned clients."""
+        return self.config.federation.clients if self.config.privacy.unit == "client" else self.records
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """The mechanism of this run for this client."""
+        return mechanism_of(self.config, self.units)
+
+    def allow(self, steps: int) -> None:
+        """Raise BudgetError if `steps` more would cross the run's ε or the site's cap, and LedgerError for other data."""
+        entries, delta = self.ledger.entries(), delta_of(self.config, self.units)
+        known = {entry.dataset for entry in entries}
+        if known and self.dataset not in known and not self.policy.data_may_change:
+            raise LedgerError(
+                f"{self.site.name}: its ledger counts what was released of another data set ({sorted(known)[0][:12]}) than the "
+                f"one there now ({self.dataset[:12]}); put that data back, or let its operator set data_may_change = true in the "
+                "site's policy, so that both count together"
+            )
+        own = [entry for entry in entries if entry.config == self.config.digest()]
+        for limit, before, name in (
+            (self.config.privacy.epsilon, own, "privacy.epsilon of this run"),
+            (self.policy.max_epsilon, entries, "max_epsilon of the site's policy"),
+        ):
+            if limit is None:
+                continue
+            planned = [*before, self._entry(steps=steps)]
+            if spent(planned, delta).best > limit:
+                raise BudgetError(
+                    f"{self.site.name}: {steps} more steps would spend ε = {spent(planned, delta).best:.3f} at δ = {delta:.1e} "
+                    f"where {name} = {limit}, and {spent(before, delta).best:.3f} is spent; nothing is released"
+                )
+
+    def release(self, kind: str, content: RecordDict, steps: int, work: Callable[[Mechanism], Tensor]) -> Tensor:
+        """The answer to a question (size,): `work`'s, paid for, or the one that was paid for before."""
+        question = hashlib.sha256(kind.encode() + to_bytes(content)).hexdigest()
+        path = self.site.folder / self.site.name / "released" / f"{question}.safetensors"
+        with self.ledger.turn():
+            if path.exists() and question in {entry.answer for entry in self.ledger.entries()}:
+                return load_tensors(path)[0][STATE]
+            self.allow(steps)
+            answer = work(self.mechanism)
+            _forget(path.parent)
+            save_tensors(path, {STATE: answer}, {"question": question})
+            self.ledger.add(self._entry(steps=steps, what=kind, round=Order.of(content).round, answer=question))
+            return answer
+
+    def _entry(self, *, steps: int, what: str = "", round: int = 0, answer: str = "") -> Entry:
+        mechanism = self.mechanism
+        return Entry(
+            client=self.site.name,
+            dataset=self.dataset,
+            records=self.records,
+            run=self.config.name,
+            config=self.config.digest(),
+            round=round,
+            what=what,
+            unit=self.config.privacy.unit,
+            noise_multiplier=mechanism.noise_multiplier,
+            sample_rate=mechanism.sample_rate,
+            steps=steps,
+            clip_norm=mechanism.clip_norm,
+            answer=answer,
+            time=now(),
+        )
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """SHA-256 over examples, whatever their order."""
+    lines = sorted(json.dumps([e.task, e.prompt, e.completion, e.label]) for e in examples)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _forget(folder: Path) -> None:
+    """Only the newest answer is kept: the one before it has arrived, or its round is over."""
+    for old in folder.glob("*.safetensors"):
+        old.unlink()

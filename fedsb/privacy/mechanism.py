@@ -1,0 +1,83 @@
+"""What a run's privacy settings mean for one client: which mechanism, at which δ, and what the whole run will cost.
+
+The unit is a record (one sequence of a client's training data; each client's noise is its own) or a client (everything that a
+client contributes; the noise is added to the sum of the clients' updates).
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+from fedsb.config import RunConfig
+from fedsb.errors import PrivacyError
+from fedsb.privacy.accounting import Release, noise_multiplier
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """The Poisson-subsampled Gaussian: each of n takes part with probability `sample_rate`, what it adds is clipped to an L2
+    norm of `clip_norm`, and the sum gets noise of standard deviation `noise_multiplier` · `clip_norm`.
+
+    Raises PrivacyError unless all three bound something.
+    """
+
+    noise_multiplier: float
+    sample_rate: float
+    clip_norm: float
+
+    def __post_init__(self) -> None:
+        """Check the three numbers."""
+        if not (0 < self.clip_norm < math.inf):
+            raise PrivacyError(f"privacy.clip_norm = {self.clip_norm} bounds nothing; choose a finite number above 0")
+        if not (0 < self.noise_multiplier < math.inf) or not (0 < self.sample_rate <= 1):
+            raise PrivacyError(
+                f"a noise multiplier of {self.noise_multiplier} at a sample rate of {self.sample_rate} is no mechanism"
+            )
+
+    def release(self, steps: int) -> Release:
+        """`steps` of it, as accounting counts them."""
+        return Release(self.noise_multiplier, self.sample_rate, steps)
+
+
+def delta_of(config: RunConfig, count: int) -> float:
+    """The run's δ for `count` records (or clients): 1/count, or what is configured.
+
+    Raises PrivacyError if that is above 1/count: with such a δ a mechanism may publish one whole record and keep its promise.
+    """
+    chosen = config.privacy.delta
+    if chosen == "auto":
+        return 1 / max(count, 2)
+    if chosen > 1 / count:
+        raise PrivacyError(
+            f"privacy.delta = {chosen} is above 1/{count}, one over the number of {config.privacy.unit}s here; "
+            f'lower it to {1 / count:.1e} or less, or set "auto"'
+        )
+    return chosen
+
+
+def planned_steps(config: RunConfig) -> int:
+    """Mechanisms that a client's whole run consists of, if it takes part in every round."""
+    if config.privacy.unit == "client":
+        return config.federation.rounds
+    return config.federation.rounds * config.train.steps + config.personal.steps
+
+
+def mechanism_of(config: RunConfig, count: int) -> Mechanism:
+    """The mechanism of a run for a client of `count` records, or (unit "client") of `count` clients.
+
+    With a target ε, the least noise that keeps the whole run within it. Raises PrivacyError if δ is above 1/count, or if
+    no noise suffices.
+    """
+    privacy = config.privacy
+    if privacy.unit == "none" or count < 1:
+        raise PrivacyError(f"there is no mechanism for privacy.unit = {privacy.unit!r} and {count} to protect")
+    delta = delta_of(config, count)
+    rate = config.federation.fraction if privacy.unit == "client" else min(1.0, config.train.batch_size / count)
+    noise = privacy.noise_multiplier
+    if noise is None:
+        assert privacy.epsilon is not None
+        noise = _noise(privacy.epsilon, delta, rate, planned_steps(config))
+    return Mechanism(noise, rate, privacy.clip_norm)
+
+
+_noise = functools.lru_cache(maxsize=256)(noise_multiplier)  # some seconds of search each

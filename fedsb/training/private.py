@@ -1,0 +1,141 @@
+"""Local training under record-level differential privacy: DP-SGD, with AdamW in the place of SGD.
+
+    every record takes part in a step with probability q, by itself                Poisson sampling
+    g_i = ∇ loss of record i alone;  ḡ_i = g_i · min(1, C / ‖g_i‖)                clipping, over all trained numbers together
+    g = (Σ ḡ_i + N(0, σ²C² I)) / (q n)                                            noise once a step
+
+Abadi et al., "Deep learning with differential privacy", arXiv 1607.00133, algorithm 1. What AdamW makes of g is
+post-processing and costs nothing. A record is one sequence. Gradients of single records come from Opacus' hooks on the cores
+and a trained head; clipping and noise are fp32 and float64 whatever the model computes in.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from opacus.grad_sample import GradSampleHooks
+from torch import Tensor, nn
+
+from fedsb.data.batches import Encoded, Kind, collate
+from fedsb.errors import PrivacyError
+from fedsb.privacy.mechanism import Mechanism
+from fedsb.privacy.noise import KeyStream, add_noise
+from fedsb.training.loop import Plan, loss_function, optimiser_of, seed_dropout
+
+SLACK = 1 - 2.0**-20  # what rounding in fp32 may add to a norm
+
+
+def train_private(
+    model: Any,
+    parameters: Mapping[str, nn.Parameter],
+    rows: Sequence[Encoded],
+    plan: Plan,
+    mechanism: Mechanism,
+    stream: KeyStream,
+    *,
+    kind: Kind,
+    pad_id: int,
+    seed: int,
+    client: str,
+) -> None:
+    """Take the plan's steps on `parameters` in place. Returns nothing: a training loss would be about private records.
+
+    Guarantees:
+        - what `parameters` hold afterwards is (ε, δ)-private with regard to adding or removing one of `rows`, for every ε, δ
+          of `accounting.epsilon([Release(noise_multiplier, sample_rate, plan.count)], δ)`, given what they held before.
+        - which records take part and the noise come from `stream` alone, so not from `seed`, which others know.
+        - the divisor is the expected number of records q·n and not the drawn one, which would be private.
+
+    | case | result |
+    |---|---|
+    | nobody is drawn | the step is noise alone |
+    | a record whose gradient is zero | it adds zero |
+    | a record whose gradient has NaN or infinity | it adds zero, which is a function of that record alone |
+    | clip_norm 0, infinite or NaN | PrivacyError (`Mechanism`) |
+    | a model with batch normalisation | PrivacyError: it mixes the records of a batch |
+    | a trained module without gradients of single records | PrivacyError, naming it |
+    | rows fewer than plan.batch_size | the caller's rate is 1: everybody takes part in every step |
+    """
+    forbid_mixing(model)
+    loss_of, device = loss_function(kind), next(iter(parameters.values())).device
+    optimiser = optimiser_of(parameters, plan)
+    expected = mechanism.sample_rate * len(rows)
+    model.train()
+    seed_dropout(seed, client, plan.first)
+    with gradients_of_records(model, parameters):
+        for step in range(plan.first, plan.first + plan.count):
+            drawn = [rows[i] for i in stream.poisson_sample(len(rows), mechanism.sample_rate)]
+            drawn.sort(key=len)
+            sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+            for start in range(0, len(drawn), plan.microbatch):
+                part = drawn[start : start + plan.microbatch]
+                loss = loss_of(model, collate(part, pad_id, kind).to(device)) * len(part)  # the sum over its records
+                loss.backward()  # type: ignore[no-untyped-call]
+                add_clipped(sums, parameters, mechanism.clip_norm)
+            put_gradient(parameters, sums, mechanism, stream, expected)
+            for group in optimiser.param_groups:
+                group["lr"] = group["base"] * plan.factor(step)
+            optimiser.step()
+    model.eval()
+
+
+def add_clipped(sums: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], clip_norm: float) -> None:
+    """Add each record's clipped gradient to `sums`, and forget the gradients.
+
+    Guarantees: what one record adds has an L2 norm of at most `clip_norm` over all parameters together, rounding included.
+    """
+    found = {name: _of_records(name, p) for name, p in parameters.items()}  # (b, *shape)
+    squares = torch.stack([g.flatten(1).double().square().sum(1) for g in found.values()])  # (parameters, b)
+    norms = squares.sum(0).sqrt()
+    factors = (SLACK * clip_norm / norms.clamp_min(clip_norm)).to(torch.float32)
+    factors = torch.where(norms.isfinite(), factors, 0.0)
+    for name, g in found.items():
+        rows = g if bool(norms.isfinite().all()) else torch.nan_to_num(g, 0.0, 0.0, 0.0)
+        sums[name].add_(torch.tensordot(factors.to(rows.dtype), rows, 1))
+        parameters[name].grad = parameters[name].grad_sample = None  # type: ignore[attr-defined]
+
+
+def put_gradient(
+    parameters: Mapping[str, nn.Parameter], sums: Mapping[str, Tensor], mechanism: Mechanism, stream: KeyStream, expected: float
+) -> None:
+    """Noise on the sums, once, and the mean over the expected number of records as every parameter's gradient."""
+    flat = torch.cat([s.flatten() for s in sums.values()])
+    noisy = add_noise(flat, mechanism.noise_multiplier * mechanism.clip_norm, stream) / expected
+    for part, parameter in zip(noisy.split([s.numel() for s in sums.values()]), parameters.values(), strict=True):
+        parameter.grad = part.view_as(parameter).to(parameter.dtype)
+
+
+def forbid_mixing(model: nn.Module) -> None:
+    """Raise PrivacyError if a layer mixes the records of a batch, so that no record has a gradient of its own."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise PrivacyError(
+                f"layer {name} is a {type(module).__name__}, which mixes the records of a batch; "
+                'choose a model without it, or privacy.unit = "client" or "none"'
+            )
+
+
+@contextlib.contextmanager
+def gradients_of_records(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """While open, every backward pass leaves gradients of single records in `grad_sample` (b, *shape) of the parameters."""
+    hooks = GradSampleHooks(model, loss_reduction="sum", strict=False)
+    try:
+        with warnings.catch_warnings():  # of the first layer, whose input comes from frozen embeddings
+            warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
+            yield
+    finally:
+        hooks.remove_hooks()
+        for parameter in parameters.values():
+            parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
+
+
+def _of_records(name: str, parameter: nn.Parameter) -> Tensor:
+    found = getattr(parameter, "grad_sample", None)
+    if not isinstance(found, Tensor):
+        raise PrivacyError(
+            f"{name} has no gradients of single records (its layer ran not at all, twice, or is of a kind that Opacus does not "
+            "know); choose another adapter.method or model"
+        )
+    return found
