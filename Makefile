@@ -26,9 +26,9 @@ test: setup ## the test suite
 	$(BIN)/python -m pytest
 
 test-faults: setup ## break a running federation, and see it go on
-	$(BIN)/python -m pytest -m faults
+	$(BIN)/python -m pytest -m "faults and not apart"
 
-test-apart: setup ## tests that take minutes: own data at sites, bytes on the wire, capacity of a server
+test-apart: setup ## tests that take minutes: own data at sites, bytes on the wire, a reply of 1 GB
 	$(BIN)/python -m pytest -m apart
 
 test-gateway: setup ## what the gateway lets through; needs caddy (apt-get install caddy)

@@ -1,8 +1,10 @@
-"""The four questions that a server may ask a client, answered: records in, records out. Flower's messages are left outside,
+"""The questions that a server may ask a client, answered: records in, records out. Flower's messages are left outside,
 so that the same code runs in a simulation, in Flower's own process for a message, and in a site's trainer.
 
-`query.prepare`: load the model and get hold of the basis. `train`: one round from the global core. `train.personalise`:
-go on alone. `evaluate`: score base, global or personal core on the own test set.
+`query.sketch`: the first gradient's sketch, where the basis comes from those. `query.prepare`: load the model and get hold of
+the basis. `train`: one round from the global core. `train.personalise`:
+go on alone. `evaluate`: score base, global or personal core on the own test set. `query.advertise`, `query.share`,
+`query.reveal`: the stages of a secure sum around `train`.
 """
 
 import os
@@ -14,14 +16,17 @@ from typing import Any, get_args
 from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor
 
+from clients import secure
 from clients.budget import Budget
 from clients.policy import Policy, load_policy
 from clients.session import Session, Site, open_session
 from fedsb.config import RunConfig
+from fedsb.data.batches import draw
 from fedsb.data.tasks import Split
 from fedsb.errors import FedsbError, PolicyError, PrivacyError
 from fedsb.privacy.clipping import clip
-from fedsb.privacy.mechanism import Mechanism
+from fedsb.privacy.mechanism import Mechanism, sketch_mechanism
+from fedsb.privacy.noise import KeyStream, add_noise
 from fedsb.store.tensors import load_tensors, save_tensors
 from fedsb.training.loop import Plan, personal_plan, round_plan
 from strategies.records import (
@@ -35,6 +40,7 @@ from strategies.records import (
     PERSONALISE,
     PREPARE,
     SECONDS,
+    SKETCH,
     TRAIN,
     Identity,
     Order,
@@ -44,6 +50,7 @@ from strategies.records import (
     unpack_basis,
     unpack_state,
 )
+from strategies.sums import ADVERTISE, REVEAL, SECRETS, SHARE
 
 Node = Mapping[str, Any]  # a SuperNode's --node-config
 ANYTHING = Policy.model_validate({})
@@ -81,22 +88,61 @@ def prepare(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
     return reply_content(Identity(site.name, order.round, basis, session.layout.fingerprint, model=session.model_sha256))
 
 
+def sketch(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
+    """The sketch of this client's first gradient, from which the server makes the basis: a mean over some examples, or, with
+    privacy by record, a clipped and noisy sum over a Poisson sample, divided by how many that has on average."""
+    order = Order.of(content)
+    session = open_session(order.run)
+    site, config = site_of(node, session.config), session.config
+    rows, sketcher, wanted = session.rows(site, "train"), session.sketcher(), config.basis.examples
+    if config.privacy.unit == "record":
+        budget = Budget.of(session, site, policy)
+
+        def noisy(mechanism: Mechanism) -> Tensor:
+            stream = KeyStream()
+            drawn = [rows[i] for i in stream.poisson_sample(len(rows), mechanism.sample_rate)]
+            found = sketcher.clipped(drawn, mechanism.clip_norm)
+            return add_noise(found.vector, mechanism.noise_multiplier * found.bound, stream) / (mechanism.sample_rate * len(rows))
+
+        vector = budget.release(SKETCH, content, 1, noisy, sketch_mechanism(config, len(rows)))
+    else:
+        drawn = draw(len(rows), 0, min(wanted, len(rows)), config.seed, site.name)
+
+        def plain(mechanism: Mechanism | None = None) -> Tensor:
+            found = sketcher.summed([rows[i] for i in drawn]) / len(drawn)
+            return found if mechanism is None else clip(found, mechanism.clip_norm).vector
+
+        if config.privacy.unit == "client":
+            budget = Budget.of(session, site, policy)
+            vector = budget.release(SKETCH, content, 1, plain, sketch_mechanism(config, config.federation.clients))
+        else:
+            vector = plain()
+    identity = Identity(site.name, order.round, "", session.layout.fingerprint, model=session.model_sha256)
+    return reply_content(identity, {}, pack_state(vector, "fp32"))
+
+
 def train(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
     """One round: the global core in, the locally trained core out."""
     order, session, site = _opened(content, node)
     vector, metrics = _train(content, TRAIN, session, site, policy, round_plan(session.config, order.round))
+    if session.config.privacy.secure_sum:
+        masked = secure.mask(content, session, site, vector - unpack_state(content.get(ARRAYS)))
+        return reply_content(_identity(order, session, site), metrics, masked)
     return reply_content(_identity(order, session, site), metrics, pack_state(vector, session.config.federation.wire_dtype))
 
 
 def personalise(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
     """Go on from the global core on the own data alone, keep the result, and hand it over for the adapter store.
 
-    It stays here if the policy says so; and with privacy by client, which protects what is summed and not one client's own.
+    It stays here if the policy says so; and with privacy by client or a secure sum, which protect what is summed and not one
+    client's own, unless its records are protected by noise.
     """
     order, session, site = _opened(content, node)
     vector, metrics = _train(content, PERSONALISE, session, site, policy, personal_plan(session.config))
     save_tensors(_personal_file(site, session.config), session.layout.unflatten(vector), {"basis": order.basis})
-    leaves = policy.personal_adapter_may_leave and session.config.privacy.unit != "client"
+    privacy = session.config.privacy
+    covered = privacy.unit == "record" or (privacy.unit == "none" and not privacy.secure_sum)
+    leaves = policy.personal_adapter_may_leave and covered
     state = pack_state(vector, "fp32") if leaves else None
     return reply_content(_identity(order, session, site), metrics if leaves else metrics | {KEPT: 1}, state)
 
@@ -123,11 +169,25 @@ def evaluate(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
     return reply_content(_identity(order, session, site), metrics)
 
 
+def secure_stage(
+    stage: Callable[[RecordDict, Session, Site], ArrayRecord], content: RecordDict, node: Node, policy: Policy
+) -> RecordDict:
+    """One stage of the secure sum of a round."""
+    order, session, site = _opened(content, node)
+    reply = reply_content(_identity(order, session, site), {})
+    reply[SECRETS] = stage(content, session, site)
+    return reply
+
+
 ANSWERS: dict[str, Callable[[RecordDict, Node, Policy], RecordDict]] = {
+    SKETCH: sketch,
     PREPARE: prepare,
     TRAIN: train,
     PERSONALISE: personalise,
     EVALUATE: evaluate,
+    ADVERTISE: partial(secure_stage, secure.advertise),
+    SHARE: partial(secure_stage, secure.share),
+    REVEAL: partial(secure_stage, secure.reveal),
 }
 
 

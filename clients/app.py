@@ -16,9 +16,33 @@ from clients.ask import SOCKET, ask
 app = ClientApp()
 
 
+@app.query("sketch")
+def sketch(message: Message, context: Context) -> Message:
+    """The first gradient's sketch, where the basis is made of those."""
+    return _answered(message, context)
+
+
 @app.query("prepare")
 def prepare(message: Message, context: Context) -> Message:
     """Load the model and get hold of the basis."""
+    return _answered(message, context)
+
+
+@app.query("advertise")
+def advertise(message: Message, context: Context) -> Message:
+    """Secure sum: new public keys for a round."""
+    return _answered(message, context)
+
+
+@app.query("share")
+def share(message: Message, context: Context) -> Message:
+    """Secure sum: shares of the secrets behind them, encrypted for the others."""
+    return _answered(message, context)
+
+
+@app.query("reveal")
+def reveal(message: Message, context: Context) -> Message:
+    """Secure sum: the shares that take the masks off the sum."""
     return _answered(message, context)
 
 

@@ -25,6 +25,7 @@ from fedsb.store.ledger import NAME, Entry, Ledger, now, spent
 from fedsb.store.tensors import load_tensors, save_tensors
 from strategies.envelope import to_bytes
 from strategies.records import Order
+from strategies.sums import SECRETS
 
 STATE = "state"
 
@@ -60,8 +61,9 @@ class Budget:
         """The mechanism of this run for this client."""
         return mechanism_of(self.config, self.units)
 
-    def allow(self, steps: int) -> None:
-        """Raise BudgetError if `steps` more would cross the run's ε or the site's cap, and LedgerError for other data."""
+    def allow(self, steps: int, mechanism: Mechanism | None = None) -> None:
+        """Raise BudgetError if `steps` more, of this run's mechanism or another, would cross the run's ε or the site's cap, and
+        LedgerError for other data."""
         entries, delta = self.ledger.entries(), delta_of(self.config, self.units)
         known = {entry.dataset for entry in entries}
         if known and self.dataset not in known and not self.policy.data_may_change:
@@ -77,29 +79,42 @@ class Budget:
         ):
             if limit is None:
                 continue
-            planned = [*before, self._entry(steps=steps)]
+            planned = [*before, self._entry(mechanism or self.mechanism, steps)]
             if spent(planned, delta).best > limit:
                 raise BudgetError(
                     f"{self.site.name}: {steps} more steps would spend ε = {spent(planned, delta).best:.3f} at δ = {delta:.1e} "
                     f"where {name} = {limit}, and {spent(before, delta).best:.3f} is spent; nothing is released"
                 )
 
-    def release(self, kind: str, content: RecordDict, steps: int, work: Callable[[Mechanism], Tensor]) -> Tensor:
-        """The answer to a question (size,): `work`'s, paid for, or the one that was paid for before."""
-        question = hashlib.sha256(kind.encode() + to_bytes(content)).hexdigest()
+    def release(
+        self,
+        kind: str,
+        content: RecordDict,
+        steps: int,
+        work: Callable[[Mechanism], Tensor],
+        mechanism: Mechanism | None = None,
+    ) -> Tensor:
+        """The answer to a question (size,): `work`'s, paid for, or the one that was paid for before.
+
+        With privacy by client and a secure sum each mask brings noise of its own, so each is paid for.
+        """
+        asked = content
+        if self.config.privacy.unit == "record":  # the noise is in the answer, and the masks of a secure sum are new each time
+            asked = RecordDict({name: record for name, record in content.items() if name != SECRETS})
+        question = hashlib.sha256(kind.encode() + to_bytes(asked)).hexdigest()
         path = self.site.folder / self.site.name / "released" / f"{question}.safetensors"
         with self.ledger.turn():
             if path.exists() and question in {entry.answer for entry in self.ledger.entries()}:
                 return load_tensors(path)[0][STATE]
-            self.allow(steps)
-            answer = work(self.mechanism)
+            mechanism = mechanism or self.mechanism
+            self.allow(steps, mechanism)
+            answer = work(mechanism)
             _forget(path.parent)
             save_tensors(path, {STATE: answer}, {"question": question})
-            self.ledger.add(self._entry(steps=steps, what=kind, round=Order.of(content).round, answer=question))
+            self.ledger.add(self._entry(mechanism, steps, kind, Order.of(content).round, question))
             return answer
 
-    def _entry(self, *, steps: int, what: str = "", round: int = 0, answer: str = "") -> Entry:
-        mechanism = self.mechanism
+    def _entry(self, mechanism: Mechanism, steps: int, what: str = "", round: int = 0, answer: str = "") -> Entry:
         return Entry(
             client=self.site.name,
             dataset=self.dataset,

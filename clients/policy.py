@@ -20,6 +20,21 @@ from fedsb.validation import validated
 Names = Annotated[tuple[str, ...] | None, Field(strict=False)]
 
 
+EXAMPLES = {
+    "methods": '["lora-sb"]',
+    "models": '["smollm2-*"]',
+    "tasks": '["jsonl:/data/*"]',
+    "max_rank": "64",
+    "max_steps": "100",
+    "max_rounds": "50",
+    "max_epsilon": "8.0",
+    "data_may_change": "true",
+    "secure_sum_only": "true",
+    "test_scores_may_leave": "false",
+    "personal_adapter_may_leave": "false",
+}
+
+
 class Policy(Section):
     """The policy of a site. Patterns are those of a shell: `*` stands for any characters."""
 
@@ -36,6 +51,9 @@ class Policy(Section):
     data_may_change: bool = Field(
         False,
         description="true: training data other than those that the site's ledger knows are taken; what is spent of both adds up",
+    )
+    secure_sum_only: bool = Field(
+        False, description="true: only runs in which the server sees no single site's update (privacy.secure_sum)"
     )
     test_scores_may_leave: bool = Field(True, description="false: how well a model does on this site's test set is not told")
     personal_adapter_may_leave: bool = Field(
@@ -56,6 +74,8 @@ class Policy(Section):
             raise PolicyError(
                 f"the site's policy allows no run without differential privacy (max_epsilon = {self.max_epsilon}); this is one"
             )
+        if self.secure_sum_only and not config.privacy.secure_sum:
+            raise _beyond("privacy.secure_sum", "false", "secure_sum_only = true")
         for key, value, limit in (
             ("adapter.rank", adapter.rank, "max_rank"),
             ("train.steps or personal.steps", steps, "max_steps"),
@@ -68,12 +88,9 @@ class Policy(Section):
 
 def template() -> str:
     """A policy file that allows everything, with every setting explained."""
-    examples = {"methods": '["lora-sb"]', "models": '["smollm2-*"]', "tasks": '["jsonl:/data/*"]', "max_rank": "64"}
-    examples |= {"max_steps": "100", "max_rounds": "50", "max_epsilon": "8.0"}
-    examples |= {"data_may_change": "true", "test_scores_may_leave": "false", "personal_adapter_may_leave": "false"}
     lines = ["# What this site allows. A line without # limits; * stands for any characters."]
     for name, field in Policy.model_fields.items():
-        lines += [f"# {field.description}", f"#{name} = {examples[name]}"]
+        lines += [f"# {field.description}", f"#{name} = {EXAMPLES[name]}"]
     return "\n".join(lines) + "\n"
 
 

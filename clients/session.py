@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedsb.adapters.attach import attach, initial_state, layout_of
 from fedsb.adapters.state import get_state, parameters_of, set_state
-from fedsb.adapters.tuner import set_basis
+from fedsb.adapters.tuner import adapted_layers, set_basis
 from fedsb.basis.frames import Basis
 from fedsb.config import RunConfig
 from fedsb.data.batches import Encoded, encode
@@ -28,7 +28,8 @@ from fedsb.serving.evaluator import Score, evaluate
 from fedsb.store.basis_files import load_basis, save_basis
 from fedsb.training.loop import Plan, train
 from fedsb.training.private import train_private
-from fedsb.training.start import build_basis, can_rebuild
+from fedsb.training.sketch import Sketcher
+from fedsb.training.start import build_basis, can_rebuild, sketch_plan
 
 KEPT_SPLITS = 64  # of clients' data, as examples and as tokens, that are kept at one time
 
@@ -129,6 +130,13 @@ class Session:
             client=site.name,
         )
         return self.layout.flatten(get_state(self.model))
+
+    def sketcher(self) -> Sketcher:
+        """What sketches the gradient that training starts from, with the base model's cores and the head of the seed."""
+        set_state(self.model, initial_state(self.layout, self.config.seed))
+        layers = {name: layer.get_base_layer() for name, layer in adapted_layers(self.model).items()}
+        plan = sketch_plan(self.config, self.model)
+        return Sketcher(plan, layers, self.transformer, self.config.model.kind, self.tokenizer.pad_token_id)
 
     def score(self, site: Site, vector: Tensor) -> Score:
         """Score a state on the client's own test set."""

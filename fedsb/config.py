@@ -104,6 +104,18 @@ class RunConfig(Section):
             raise ValueError(
                 'privacy.unit needs federation.weighting = "uniform", since how many examples a client has is private too; set it'
             )
+        if self.basis.source == "sketch" and privacy.secure_sum:
+            raise ValueError('basis.source = "sketch" is not summed in secret yet; choose another basis, or secure_sum = false')
+        if self.basis.source == "sketch" and privacy.unit != "none" and privacy.epsilon is None:
+            raise ValueError('basis.source = "sketch" with privacy needs privacy.epsilon, of which it takes its share; set it')
+        if privacy.secure_sum and (federation.weighting != "uniform" or federation.over_sample > 1):
+            raise ValueError('privacy.secure_sum needs federation.weighting = "uniform" and federation.over_sample = 1; set them')
+        if privacy.secure_sum and federation.clients < 3 and self.data.partition != "own":
+            raise ValueError(
+                "privacy.secure_sum takes three clients or more (of two each knows the other's); raise federation.clients"
+            )
+        if privacy.secure_sum and privacy.unit == "client" and federation.fraction < 1:
+            raise ValueError('privacy.secure_sum with privacy.unit = "client" needs federation.fraction = 1; set it')
         if privacy.unit == "client" and federation.over_sample > 1:
             raise ValueError(
                 'privacy.unit = "client" needs federation.over_sample = 1: who answers first is no sample that accounts'

@@ -91,10 +91,11 @@ class AdapterSection(Section):
 class BasisSection(Section):
     """`[basis]`: the frozen B and A that all clients share."""
 
-    source: Literal["random", "weights", "public"] = Field(
+    source: Literal["random", "weights", "public", "sketch"] = Field(
         "random",
         description="`random`: orthonormal from the seed, 0 bytes; `weights`: leading singular vectors of W0, no data; "
-        "`public`: SVD of the first update, estimated at the server on public examples",
+        "`public`: SVD of the first update, estimated at the server on public examples; `sketch`: from the sum of the clients' "
+        "sketches of their first gradients, which with privacy is paid for like everything else",
     )
     r0: Literal["zero", "paper"] = Field(
         "zero", description="the core at the start: 0, or the paper's diag(S) of the estimated update (only `public`)"
@@ -105,7 +106,7 @@ class BasisSection(Section):
     )
     sign: bool = Field(False, description="take the sign of the summed gradient, as the paper does (only `public`)")
     public: TaskSection | None = Field(None, description="the public examples, as `[basis.public]` (only `public`)")
-    examples: PositiveInt = Field(64, description="public examples used for the estimate")
+    examples: PositiveInt = Field(64, description="examples used for the estimate: public ones, or of each client (`sketch`)")
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="dtype in which B and A are kept and sent")
 
 
@@ -117,7 +118,7 @@ class TrainSection(Section):
     microbatch: PositiveInt = Field(8, description="examples per forward and backward pass; less takes less memory")
     learning_rate: PositiveFloat | Literal["auto"] = Field(
         "auto",
-        description="AdamW's learning rate; `auto`: 0.64 / rank, with a `public` basis 0.32 / rank (as for rank 16 below it)",
+        description="AdamW's learning rate; `auto`: 0.64 / rank, with a `public` or `sketch` basis 0.32 / rank (as for rank 16 below it)",
     )
     head_learning_rate: PositiveFloat = Field(
         5e-3, description="AdamW's learning rate for a classification head that is trained along"
@@ -196,8 +197,16 @@ class PrivacySection(Section):
     delta: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = Field(
         "auto", description="δ; `auto`, and at the most: one over the number of a client's records, or of clients"
     )
+    basis_share: Fraction = Field(
+        0.2, description='share of ε that a basis from sketches may spend (only `basis.source = "sketch"`)'
+    )
     clip_norm: PositiveFloat = Field(
         1.0, description="largest L2 norm of one record's gradient (`record`) or of one client's update (`client`)"
+    )
+    secure_sum: bool = Field(
+        False,
+        description="true: the server learns the sum of the clients' updates and no single one; takes three clients or more, and "
+        "two thirds of those asked must stay to the end of a round",
     )
     scores: Literal["withheld", "plain"] = Field(
         "withheld",

@@ -26,7 +26,8 @@ from fedsb.store import adapters, checkpoint
 from fedsb.store.basis_files import load_basis, save_basis
 from fedsb.store.files import read_events
 from fedsb.training.loop import personal_plan
-from fedsb.training.start import build_basis, can_rebuild, needs_weights
+from fedsb.training.start import build_basis, can_rebuild, needs_weights, sketch_plan
+from server.sketching import basis_from_clients
 from strategies.fedsb import FedSB
 from strategies.records import (
     KEPT,
@@ -49,6 +50,7 @@ from strategies.records import (
     unpack_state,
 )
 from strategies.rounds import Exchange, RoundResult, Traffic, wait_for_nodes
+from strategies.secure import SecureFedSB
 
 
 class Federation:
@@ -82,6 +84,11 @@ class Federation:
         stored = sorted((self.folder / "basis").glob("*.safetensors"))
         if stored:
             basis = load_basis(self.folder, stored[0].stem)
+        elif self.config.basis.source == "sketch":
+            plan = sketch_plan(self.config, self._model(with_weights=False))
+            basis, moved = basis_from_clients(self.config, self.grid, plan, self._check_who, self.journal.tell)
+            self.traffic.add(moved)
+            save_basis(self.folder, basis)
         else:
             weights = needs_weights(self.config)
             tokenizer = load_tokenizer(self.source)
@@ -131,10 +138,20 @@ class Federation:
         for client in behind.values():
             self.journal.tell("refused", round=0, client=client, reason="holds another basis, although it was sent this one")
 
+    def _check_who(self, node: int, identity: Identity) -> None:
+        """Raise ReplyError unless a reply is of a client that may take part, with this run's model."""
+        check_equal("layout", identity.layout, self.layout.fingerprint)
+        check_equal("base model", identity.model, self.source.sha256)
+        if not SITE_NAME.fullmatch(identity.client):
+            raise ReplyError(f"bears the name {identity.client[:63]!r}, which is none (a-z, 0-9, dot, dash, underscore)")
+        if self.home:
+            check_equal("site", identity.client, self._admitted().get(node, "none that was admitted"))
+
     def strategy(self, basis: Basis) -> FedSB:
         """Step 2's strategy."""
         error = AggregationError(basis, seeded(self.config.seed, "probe"))
-        return FedSB(self.config, self.layout, basis.fingerprint, self.roster, self.strikes, error, self.journal.tell)
+        kind = SecureFedSB if self.config.privacy.secure_sum else FedSB
+        return kind(self.config, self.layout, basis.fingerprint, self.roster, self.strikes, error, self.journal.tell)
 
     def restore_or_start(self, basis: Basis) -> tuple[int, ArrayRecord]:
         """The last finished round and its state; before the first round, the core at the start."""
@@ -265,12 +282,7 @@ class Federation:
                 check_size(size_of(reply), largest_reply(0, "fp32"))
                 identity = Identity.of(reply)
                 check_equal("round", identity.round, 0)
-                check_equal("layout", identity.layout, self.layout.fingerprint)
-                check_equal("base model", identity.model, self.source.sha256)
-                if not SITE_NAME.fullmatch(identity.client):
-                    raise ReplyError(f"bears the name {identity.client[:63]!r}, which is none (a-z, 0-9, dot, dash, underscore)")
-                if self.home:
-                    check_equal("site", identity.client, admitted.get(node, "none that was admitted"))
+                self._check_who(node, identity)
                 if self.strikes.out(identity.client):
                     raise ReplyError(f"is {identity.client}, which was left out of this run")
                 if any(name == identity.client for other, name in self.roster.items() if other in online):

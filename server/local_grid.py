@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedsb.errors import BudgetError, LedgerError, PolicyError
+from fedsb.errors import BudgetError, LedgerError, PolicyError, SecureSumError
 
 SERVER_NODE = 1
 FIRST_NODE = 2
@@ -25,7 +25,8 @@ M_TRIM_THRESHOLD, KEPT_BYTES = -1, 1 << 30  # mallopt(3)
 
 
 class LocalGrid(Grid):
-    """Runs a ClientApp for every message. Exceptions of the app are raised: here its user is the one who can mend them.
+    """Runs a ClientApp for every message. Exceptions of the app are raised, since here its user is the one who can mend them;
+    except what a site may decide against, which is an error reply as in Flower, and the run goes on without it.
 
     Args:
         client_app: the app of every client.
@@ -83,7 +84,7 @@ class LocalGrid(Grid):
         any other error of ours is a mistake in the run, and ends it."""
         try:
             return self._app(message, self._contexts[message.metadata.dst_node_id])
-        except (PolicyError, BudgetError, LedgerError) as error:
+        except (PolicyError, BudgetError, LedgerError, SecureSumError) as error:
             reason = f"{type(error)}:<'{error}'>"
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedsb.basis.frames import Basis
 from fedsb.privacy.accounting import epsilon
-from fedsb.privacy.mechanism import delta_of, mechanism_of
+from fedsb.privacy.mechanism import basis_releases, delta_of, mechanism_of
 from fedsb.store.files import read_events
 from server.federation import Federation
 
@@ -50,6 +50,11 @@ def _privacy(run: Federation) -> dict[str, Any] | None:
     cost: dict[str, Any] = {"epsilon": privacy.epsilon, "delta": None if privacy.delta == "auto" else privacy.delta}
     if privacy.unit == "client":  # the same for all, so the server knows it
         delta = delta_of(run.config, clients)
-        cost = {"epsilon": epsilon([mechanism_of(run.config, clients).release(len(run.history))], delta).best, "delta": delta}
+        cost = {
+            "epsilon": epsilon(
+                [*basis_releases(run.config, clients), mechanism_of(run.config, clients).release(len(run.history))], delta
+            ).best,
+            "delta": delta,
+        }
     asked = Counter(event["client"] for event in read_events(run.journal.path) if event["event"] == "reply")
     return {"unit": privacy.unit, **cost, "accountant": "prv", "clients": dict(asked)}

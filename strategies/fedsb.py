@@ -46,6 +46,7 @@ from strategies.records import (
     size_of,
     unpack_state,
 )
+from strategies.rounds import Exchange
 
 Tell = Callable[..., None]
 
@@ -77,10 +78,11 @@ class FedSB(Strategy):
         self.roster, self.strikes, self.error, self.tell = roster, strikes, error, tell
         self.private = config.privacy.unit != "none"
         self.stream = KeyStream()
+        self.exchanges: list[Exchange] = []  # of the round, besides that of training
 
-    def order(self, server_round: int, which: str = "") -> Order:
+    def order(self, server_round: int, which: str = "", members: int = 0) -> Order:
         """What clients are told in a round."""
-        return Order(self.config.to_json(), server_round, self.basis, which)
+        return Order(self.config.to_json(), server_round, self.basis, which, members=members)
 
     def sample(self, server_round: int) -> tuple[list[int], int]:
         """Nodes of the clients drawn for a round, and how many usable replies are wanted of them.

@@ -20,6 +20,7 @@ from fedsb.errors import ReplyError
 from fedsb.report.units import one_line
 
 PREPARE, TRAIN, PERSONALISE, EVALUATE = "query.prepare", "train", "train.personalise", "evaluate"
+SKETCH = "query.sketch"
 ARRAYS, CONFIG, METRICS, IDENTITY, BASIS = "arrays", "config", "metrics", "identity", "basis"
 EXAMPLES, LOSS, SECONDS, EXACT_MATCH = "num-examples", "loss", "seconds", "exact-match"
 STATE = "state"
@@ -105,6 +106,7 @@ class Order:
         basis: fingerprint of the basis that states in this message belong to.
         which: for `evaluate`: some of `WHICH`, with commas.
         versions: of the server's packages (`shared_versions`).
+        members: how many clients are asked to take part in the secure sum that this belongs to; 0: there is none.
     """
 
     run: str
@@ -112,6 +114,7 @@ class Order:
     basis: str
     which: str = ""
     versions: str = field(default_factory=shared_versions)
+    members: int = 0
 
     def record(self) -> ConfigRecord:
         """As it travels."""
@@ -122,6 +125,7 @@ class Order:
                 "basis": self.basis,
                 "which": self.which,
                 "versions": self.versions,
+                "members": self.members,
             }
         )
 
@@ -130,8 +134,9 @@ class Order:
         """Read the order of a message's content. Raises ReplyError if it has none."""
         try:
             config = content[CONFIG]
-            number = int(config["round"])  # type: ignore[arg-type]
-            return cls(str(config["run"]), number, str(config["basis"]), str(config["which"]), str(config["versions"]))
+            number, members = int(config["round"]), int(config["members"])  # type: ignore[arg-type]
+            run, basis, which, versions = (str(config[key]) for key in ("run", "basis", "which", "versions"))
+            return cls(run, number, basis, which, versions, members)
         except (KeyError, TypeError, ValueError) as error:
             raise ReplyError(
                 f"the question lacks {str(error).strip(chr(39))}; use the same version of fedsb everywhere"

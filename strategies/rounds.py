@@ -161,6 +161,8 @@ def run_rounds(
                 f"answer within {seconds:.0f} s); events.jsonl names what was refused, and --resume tries the round again"
             )
         arrays = aggregated
+        for more in getattr(strategy, "exchanges", ()):  # of a strategy that asks more than once a round
+            exchange.traffic.add(more.traffic)
         seconds_taken = time.monotonic() - started
         silent, late = exchange.silent, exchange.late
         after_round(RoundResult(server_round, arrays, metrics, exchange.traffic, silent, late, seconds_taken))

@@ -17,7 +17,7 @@ from fedsb.data.tasks import labels_of
 from fedsb.errors import ConfigError, LedgerError
 from fedsb.models import locate, outline_model
 from fedsb.privacy.accounting import Release, epsilon
-from fedsb.privacy.mechanism import delta_of, mechanism_of, planned_steps
+from fedsb.privacy.mechanism import basis_releases, delta_of, mechanism_of, planned_steps
 from fedsb.store.ledger import NAME, Entry, Ledger, spent
 
 privacy = typer.Typer(help="What a run will cost in privacy, and what has been spent.", no_args_is_help=True)
@@ -48,8 +48,9 @@ def plan(
     console = Console(width=None if Console().is_terminal else 150)
     console.print(table_of(f"what {chosen.name} will cost, by {chosen.privacy.unit}", [_shown(row) for row in rows]))
     console.print(
-        "ε: what holds, by the accountant named; rdp is the older and looser bound. unamplified: were it known who takes part in "
-        "each step.\nnoise/signal: norm of the noise in one step over the largest norm that what is clipped can have together; "
+        "ε: what holds, by the accountant named; rdp is the older and looser bound. unamplified: were it known who takes part "
+        "in each step. basis: the part of ε that making the basis takes.\nnoise/signal: norm of the noise in one step over the "
+        "largest norm that what is clipped can have together; "
         "what it costs in accuracy is not known before.",
         highlight=False,
     )
@@ -88,8 +89,9 @@ def _counts(config: RunConfig, records: Sequence[int]) -> list[tuple[str, int]]:
 
 def _planned(config: RunConfig, name: str, count: int, numbers: int) -> dict[str, Any]:
     mechanism, delta, steps = mechanism_of(config, count), delta_of(config, count), planned_steps(config)
-    cost = epsilon([mechanism.release(steps)], delta)
-    known = epsilon([Release(mechanism.noise_multiplier, 1.0, steps)], delta)
+    basis = basis_releases(config, count)
+    cost = epsilon([*basis, mechanism.release(steps)], delta)
+    known = epsilon([Release(r.noise_multiplier, 1.0, r.steps) for r in (*basis, mechanism.release(steps))], delta)
     return {
         "client": name,
         "of": count,
@@ -101,6 +103,7 @@ def _planned(config: RunConfig, name: str, count: int, numbers: int) -> dict[str
         "noise_multiplier": mechanism.noise_multiplier,
         "sample_rate": mechanism.sample_rate,
         "steps": steps,
+        "basis": epsilon(basis, delta).best,
         "noise_over_signal": mechanism.noise_multiplier * math.sqrt(numbers) / (mechanism.sample_rate * count),
     }
 

@@ -26,7 +26,7 @@ from server.run_folder import at_work
 
 POLL_SECONDS = 0.5
 ASK_SECONDS = 5.0  # between two looks at whether the run is still alive
-STARTING_SECONDS = 30.0  # longest that a ServerApp takes from its start to its run's folder
+STARTING_SECONDS = 15.0  # longest that a ServerApp takes from its start to its run's folder
 AWAY_SECONDS = 120.0  # longest that the server may be away while a run is shown
 ENDED = "finished"
 Name = Annotated[str, typer.Argument(help="name of a run; by default the one started last")]

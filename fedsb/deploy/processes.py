@@ -23,7 +23,7 @@ END_SECONDS = 30.0  # and more for every site: supervisord ends one after anothe
 SITE_SECONDS = 30.0
 SOCKET_LENGTH = 100  # bytes: the kernel's limit for the path of a Unix socket is 107
 QUOTED = "\"';#,\n"  # mean something in supervisord's configuration
-POLL = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2", "FEDSB_POLL_SECONDS": "0.5"}  # everything is near and small here
+POLL = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2", "FEDSB_POLL_SECONDS": "0.25"}  # everything is near and small here
 
 
 def write_programs(home: Home, topology: Topology) -> Path:

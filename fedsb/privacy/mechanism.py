@@ -62,11 +62,22 @@ def planned_steps(config: RunConfig) -> int:
     return config.federation.rounds * config.train.steps + config.personal.steps
 
 
+def sketch_mechanism(config: RunConfig, count: int) -> Mechanism:
+    """The mechanism of the one release that a basis from sketches takes, with `privacy.basis_share` of the run's ε.
+
+    Of a client's records each is in its sketch with probability `basis.examples` / count; of clients all are asked.
+    """
+    privacy = config.privacy
+    assert privacy.epsilon is not None  # RunConfig checks it
+    rate = 1.0 if privacy.unit == "client" else min(1.0, config.basis.examples / count)
+    return Mechanism(_noise(privacy.basis_share * privacy.epsilon, delta_of(config, count), rate, 1), rate, privacy.clip_norm)
+
+
 def mechanism_of(config: RunConfig, count: int) -> Mechanism:
     """The mechanism of a run for a client of `count` records, or (unit "client") of `count` clients.
 
-    With a target ε, the least noise that keeps the whole run within it. Raises PrivacyError if δ is above 1/count, or if
-    no noise suffices.
+    With a target ε, the least noise that keeps the whole run, its basis included, within it. Raises PrivacyError if δ is above
+    1/count, or if no noise suffices.
     """
     privacy = config.privacy
     if privacy.unit == "none" or count < 1:
@@ -76,8 +87,13 @@ def mechanism_of(config: RunConfig, count: int) -> Mechanism:
     noise = privacy.noise_multiplier
     if noise is None:
         assert privacy.epsilon is not None
-        noise = _noise(privacy.epsilon, delta, rate, planned_steps(config))
+        noise = _noise(privacy.epsilon, delta, rate, planned_steps(config), basis_releases(config, count))
     return Mechanism(noise, rate, privacy.clip_norm)
+
+
+def basis_releases(config: RunConfig, count: int) -> tuple[Release, ...]:
+    """What the basis costs: nothing, unless it comes from sketches."""
+    return (sketch_mechanism(config, count).release(1),) if config.basis.source == "sketch" else ()
 
 
 _noise = functools.lru_cache(maxsize=256)(noise_multiplier)  # some seconds of search each

@@ -16,7 +16,12 @@ from fedsb.training.loss import causal_loss, classification_loss
 
 FINAL_SHARE = 0.1  # of the learning rate at the end of the linear schedule
 PERSONAL_SHARE = FINAL_SHARE  # personalisation goes on at the learning rate at which training ended
-STEP_SIZE = {"random": 0.64, "weights": 0.64, "public": 0.32}  # learning rate times rank, by basis; docs/log.md, 2026-11-22
+STEP_SIZE = {
+    "random": 0.64,
+    "weights": 0.64,
+    "public": 0.32,
+    "sketch": 0.32,
+}  # learning rate times rank, by basis; docs/log.md, 2026-11-22
 BETAS = (0.9, 0.999)  # of AdamW
 LOWEST_RANK = 16  # below it the learning rate rises no further: 4e-2 is the largest at which training was seen to be stable
 

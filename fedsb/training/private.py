@@ -73,7 +73,7 @@ def train_private(
                 part = drawn[start : start + plan.microbatch]
                 loss = loss_of(model, collate(part, pad_id, kind).to(device)) * len(part)  # the sum over its records
                 loss.backward()  # type: ignore[no-untyped-call]
-                add_clipped(sums, parameters, mechanism.clip_norm)
+                add_clipped(sums, parameters, mechanism.clip_norm, len(part))
             put_gradient(parameters, sums, mechanism, stream, expected)
             for group in optimiser.param_groups:
                 group["lr"] = group["base"] * plan.factor(step)
@@ -81,12 +81,12 @@ def train_private(
     model.eval()
 
 
-def add_clipped(sums: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], clip_norm: float) -> None:
-    """Add each record's clipped gradient to `sums`, and forget the gradients.
+def add_clipped(sums: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], clip_norm: float, records: int) -> None:
+    """Add each of `records` records' clipped gradients to `sums`, and forget the gradients.
 
     Guarantees: what one record adds has an L2 norm of at most `clip_norm` over all parameters together, rounding included.
     """
-    found = {name: _of_records(name, p) for name, p in parameters.items()}  # (b, *shape)
+    found = {name: _of_records(name, p, records) for name, p in parameters.items()}  # (b, *shape)
     squares = torch.stack([g.flatten(1).double().square().sum(1) for g in found.values()])  # (parameters, b)
     norms = squares.sum(0).sqrt()
     factors = (SLACK * clip_norm / norms.clamp_min(clip_norm)).to(torch.float32)
@@ -131,11 +131,12 @@ def gradients_of_records(model: nn.Module, parameters: Mapping[str, nn.Parameter
             parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
 
 
-def _of_records(name: str, parameter: nn.Parameter) -> Tensor:
+def _of_records(name: str, parameter: nn.Parameter, records: int) -> Tensor:
+    """(records, *shape). A layer that sees the tokens of a batch as one list has a gradient a token, and not a record."""
     found = getattr(parameter, "grad_sample", None)
-    if not isinstance(found, Tensor):
+    if not isinstance(found, Tensor) or len(found) != records:
         raise PrivacyError(
-            f"{name} has no gradients of single records (its layer ran not at all, twice, or is of a kind that Opacus does not "
-            "know); choose another adapter.method or model"
+            f"{name} has no gradients of single records (its layer ran not at all, twice, on a list of tokens, or is of a kind "
+            "that Opacus does not know); choose another adapter.method or model"
         )
     return found

@@ -10,6 +10,7 @@ from fedsb.adapters.state import set_state
 from fedsb.adapters.tuner import adapted_layers
 from fedsb.basis.frames import DTYPES, Basis
 from fedsb.basis.gradient import gradient_basis
+from fedsb.basis.sketch import SketchPlan
 from fedsb.basis.spectral import random_basis, weights_basis
 from fedsb.config import RunConfig
 from fedsb.data.batches import Batch, collate, encode
@@ -22,16 +23,16 @@ MICROBATCH = 4  # examples per backward pass of the estimate: half a training st
 
 def can_rebuild(config: RunConfig) -> bool:
     """Whether a client can build the basis by itself, so that it need not be sent."""
-    return config.basis.source != "public"
+    return config.basis.source in ("random", "weights")
 
 
 def needs_weights(config: RunConfig) -> bool:
     """Whether building the basis takes the model's weights, or only its shapes."""
-    return config.basis.source != "random"
+    return config.basis.source not in ("random", "sketch")
 
 
 def build_basis(config: RunConfig, model: Any, tokenizer: Any, device: torch.device) -> Basis:
-    """Build the basis, in the dtype in which it is kept and sent.
+    """Build the basis, in the dtype in which it is kept and sent; one from sketches is not built alone (`server/sketching.py`).
 
     Args:
         config: the run.
@@ -45,9 +46,16 @@ def build_basis(config: RunConfig, model: Any, tokenizer: Any, device: torch.dev
     elif section.source == "weights":
         layers = {name: layer.get_base_layer() for name, layer in adapted_layers(model).items()}
         basis = weights_basis(layers, config.adapter.rank, config.seed)
+    elif section.source == "sketch":
+        raise BasisError('basis.source = "sketch" is made of what clients send; it cannot be built by one side alone')
     else:
         basis = _public_basis(config, model, tokenizer, device)
     return basis.to(DTYPES[section.dtype])
+
+
+def sketch_plan(config: RunConfig, model: Any) -> SketchPlan:
+    """What a client's sketch consists of; the same on both sides. `model`: the PEFT model of `attach`, on any device."""
+    return SketchPlan.of(shapes_of(model), config.adapter.rank, config.seed)
 
 
 def _public_basis(config: RunConfig, model: Any, tokenizer: Any, device: torch.device) -> Basis:

@@ -41,7 +41,7 @@ def test_client_process_killed_and_network_cut(federation: Federation, scratch: 
     port = federation.home.topology().port
     with Proxy(port) as network, federation.changed("site-gamma-supernode", command=(f":{port}", f":{network.port}")):
         until(lambda: len(federation.online()) == 3, "gamma is online through the proxy")
-        run = federation.start("away", train=LONG, federation={"rounds": 18, "round_seconds": ROUND_SECONDS})
+        run = federation.start("away", train=LONG, federation={"rounds": 15, "round_seconds": ROUND_SECONDS})
         with federation.in_training(run, 2, "alpha", "gamma"):
             network.cut()
             since = time.monotonic()

@@ -93,7 +93,7 @@ def clipped_sum(kind: str, model: PeftModel, batch: Sequence[Encoded], clip: flo
     transformer.train()
     with gradients_of_records(transformer, parameters):
         (loss_function(kind)(transformer, collate(batch, 0, kind)) * len(batch)).backward()  # type: ignore[arg-type]
-        add_clipped(sums, parameters, clip)
+        add_clipped(sums, parameters, clip, len(batch))
     transformer.eval()
     return sums
 
@@ -146,7 +146,7 @@ def test_a_record_whose_gradient_is_not_finite_adds_zero() -> None:
         sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
         parameters["a"].grad_sample = torch.tensor([[3.0, 4.0], [bad, 1.0], [0.0, 0.0]])  # type: ignore[attr-defined]
         parameters["b"].grad_sample = torch.tensor([[0.0], [1.0], [0.0]])  # type: ignore[attr-defined]
-        add_clipped(sums, parameters, 1.0)
+        add_clipped(sums, parameters, 1.0, 3)
         assert torch.allclose(sums["a"], torch.tensor([0.6, 0.8])) and not sums["b"].any()  # and one of zero adds zero
 
 
@@ -249,7 +249,18 @@ def test_batch_normalisation_is_refused_by_name() -> None:
 
 def test_a_parameter_without_gradients_of_records_is_refused_by_name() -> None:
     with pytest.raises(PrivacyError, match="bare has no gradients of single records .* choose another adapter.method"):
-        add_clipped({"bare": torch.zeros(1)}, {"bare": nn.Parameter(torch.zeros(1))}, 1.0)
+        add_clipped({"bare": torch.zeros(1)}, {"bare": nn.Parameter(torch.zeros(1))}, 1.0, 2)
+
+
+def test_a_layer_that_sees_a_list_of_tokens_has_no_gradients_of_records_and_is_refused() -> None:
+    """Clipped one by one, the tokens of one record could add as many times the bound as there are of them."""
+    layer = nn.Linear(2, 2)
+    parameters = dict(layer.named_parameters())
+    sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    with gradients_of_records(layer, parameters):
+        layer(torch.randn(2, 5, 2).flatten(0, 1)).sum().backward()  # two records of five tokens
+        with pytest.raises(PrivacyError, match="weight has no gradients of single records .* on a list of tokens"):
+            add_clipped(sums, parameters, 1.0, 2)
 
 
 @pytest.mark.parametrize("clip", [0.0, -1.0, math.inf, math.nan])
