@@ -118,7 +118,8 @@ class TrainSection(Section):
     microbatch: PositiveInt = Field(8, description="examples per forward and backward pass; less takes less memory")
     learning_rate: PositiveFloat | Literal["auto"] = Field(
         "auto",
-        description="AdamW's learning rate; `auto`: 0.64 / rank, with a `public` or `sketch` basis 0.32 / rank (as for rank 16 below it)",
+        description="AdamW's learning rate; `auto`: 0.64 / rank, with a `public` or `sketch` basis 0.32 / rank "
+        "(as for rank 16 below it)",
     )
     head_learning_rate: PositiveFloat = Field(
         5e-3, description="AdamW's learning rate for a classification head that is trained along"
