@@ -60,7 +60,7 @@ def released(
     plan = Plan(0, steps, steps, max(1, len(rows)), 256, 0.0, 0.0, 0, False)
     handle = register_optimizer_step_pre_hook(look)
     try:
-        private.train_private(model, parameters, rows, plan, mechanism, stream, kind=kind, pad_id=0, seed=0, client="audited")
+        private.train_private(model, parameters, rows, plan, mechanism, stream, kind=kind, pad_id=0)
     finally:
         handle.remove()
     return torch.stack(seen)

@@ -54,16 +54,11 @@ def ours(row: str, options: argparse.Namespace) -> Callable[[], None]:
     base = base_of(options)
     rows = examples(base, options)
     model: Any = get_peft_model(base, LoraSbConfig(r=options.rank, basis_dtype="bf16"))
-    told: dict[str, Any] = {
-        "kind": "causal",
-        "pad_id": load_tokenizer(locate(options.model)).pad_token_id,
-        "seed": 0,
-        "client": "c",
-    }
+    told: dict[str, Any] = {"kind": "causal", "pad_id": load_tokenizer(locate(options.model)).pad_token_id}
     plan = Plan(0, 1, 1, options.batch, options.microbatch, 1e-3, 1e-3, 0, False)
     transformer, parameters = model.get_base_model(), parameters_of(model)
     if row == "sb":
-        return lambda: (train(transformer, parameters, rows, plan, **told), None)[1]
+        return lambda: (train(transformer, parameters, rows, plan, **told, seed=0, client="c"), None)[1]
     mechanism, stream = (
         Mechanism(NOISE, 1.0, CLIP),
         KeyStream(),

@@ -71,7 +71,14 @@ def answer(kind: str, content: RecordDict, node: Node) -> RecordDict:
     policy.check(config)
     if order.round > config.federation.rounds:
         raise PolicyError(f"round {order.round} of a run of {config.federation.rounds} rounds is beyond what was agreed")
-    return ANSWERS[kind](content, node, policy)
+    try:
+        return ANSWERS[kind](content, node, policy)
+    except PolicyError:
+        raise
+    except FedsbError as error:
+        if config.privacy.unit != "none":  # sizes, fingerprints, rows: what it says may be about the data
+            error.outside = f"does not answer {kind}; its own log says why"  # type: ignore[attr-defined]
+        raise
 
 
 def prepare(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
@@ -81,8 +88,8 @@ def prepare(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
     site = site_of(node, session.config)
     for split in get_args(Split):
         session.examples(site, split)  # so that a site without its data says so before it is counted on
-    if session.config.privacy.unit != "none":
-        Budget.of(session, site, policy).allow(1)  # so that a site whose budget is spent says so before it is counted on
+    if session.config.privacy.unit != "none" and not (budget := Budget.of(session, site, policy)).own():
+        budget.allow(1)  # so that a site whose budget is spent says so before it is counted on
     sent = content.get(BASIS)
     basis = session.prepare(site, order.basis, unpack_basis(sent) if isinstance(sent, ArrayRecord) else None)
     return reply_content(Identity(site.name, order.round, basis, session.layout.fingerprint, model=session.model_sha256))
@@ -124,6 +131,8 @@ def sketch(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
 def train(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
     """One round: the global core in, the locally trained core out."""
     order, session, site = _opened(content, node)
+    if session.config.privacy.secure_sum:
+        secure.ready(content, session, site)  # before anything is paid for
     vector, metrics = _train(content, TRAIN, session, site, policy, round_plan(session.config, order.round))
     if session.config.privacy.secure_sum:
         masked = secure.mask(content, session, site, vector - unpack_state(content.get(ARRAYS)))
@@ -142,7 +151,9 @@ def personalise(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
     save_tensors(_personal_file(site, session.config), session.layout.unflatten(vector), {"basis": order.basis})
     privacy = session.config.privacy
     covered = privacy.unit == "record" or (privacy.unit == "none" and not privacy.secure_sum)
-    leaves = policy.personal_adapter_may_leave and covered
+    leaves = policy.personal_adapter_may_leave and covered and not policy.secure_sum_only
+    if privacy.unit == "client":
+        Budget.of(session, site, policy).catch_up(order.round)
     state = pack_state(vector, "fp32") if leaves else None
     return reply_content(_identity(order, session, site), metrics if leaves else metrics | {KEPT: 1}, state)
 
@@ -227,6 +238,8 @@ def _train(
         moved = session.train(site, received, plan).vector - received
         return received + clip(moved, mechanism.clip_norm).vector
 
+    if Order.of(content).round > 1:
+        budget.catch_up(Order.of(content).round - 1)
     return budget.release(kind, content, 1, clipped), {}
 
 

@@ -24,7 +24,7 @@ from fedsb.privacy.mechanism import Mechanism, delta_of, mechanism_of
 from fedsb.store.ledger import NAME, Entry, Ledger, now, spent
 from fedsb.store.tensors import load_tensors, save_tensors
 from strategies.envelope import to_bytes
-from strategies.records import Order
+from strategies.records import ARRAYS, Order
 from strategies.sums import SECRETS
 
 STATE = "state"
@@ -61,10 +61,22 @@ class Budget:
         """The mechanism of this run for this client."""
         return mechanism_of(self.config, self.units)
 
+    def own(self, entries: Sequence[Entry] | None = None) -> list[Entry]:
+        """The entries of this run."""
+        found = self.ledger.entries() if entries is None else entries
+        return [entry for entry in found if entry.config == self.config.digest()]
+
+    def catch_up(self, server_round: int) -> None:
+        """With privacy by client, write down the rounds that this client was not drawn for: it might have been."""
+        with self.ledger.turn():
+            missed = server_round - max((entry.round for entry in self.own()), default=0)
+            if missed > 0:
+                self.ledger.add(self._entry(self.mechanism, missed, "not drawn", server_round, ""))
+
     def allow(self, steps: int, mechanism: Mechanism | None = None) -> None:
         """Raise BudgetError if `steps` more, of this run's mechanism or another, would cross the run's ε or the site's cap, and
         LedgerError for other data."""
-        entries, delta = self.ledger.entries(), delta_of(self.config, self.units)
+        entries = self.ledger.entries()
         known = {entry.dataset for entry in entries}
         if known and self.dataset not in known and not self.policy.data_may_change:
             raise LedgerError(
@@ -72,18 +84,18 @@ class Budget:
                 f"one there now ({self.dataset[:12]}); put that data back, or let its operator set data_may_change = true in the "
                 "site's policy, so that both count together"
             )
-        own = [entry for entry in entries if entry.config == self.config.digest()]
-        for limit, before, name in (
-            (self.config.privacy.epsilon, own, "privacy.epsilon of this run"),
-            (self.policy.max_epsilon, entries, "max_epsilon of the site's policy"),
+        own = self.own(entries)
+        for limit, before, at, name in (
+            (self.config.privacy.epsilon, own, delta_of(self.config, self.units), "privacy.epsilon of this run"),
+            (self.policy.max_epsilon, entries, min(self.policy.at_delta, 1 / self.records), "max_epsilon of the site's policy"),
         ):
             if limit is None:
                 continue
             planned = [*before, self._entry(mechanism or self.mechanism, steps)]
-            if spent(planned, delta).best > limit:
+            if spent(planned, at).best > limit:
                 raise BudgetError(
-                    f"{self.site.name}: {steps} more steps would spend ε = {spent(planned, delta).best:.3f} at δ = {delta:.1e} "
-                    f"where {name} = {limit}, and {spent(before, delta).best:.3f} is spent; nothing is released"
+                    f"{self.site.name}: {steps} more steps would spend ε = {spent(planned, at).best:.3f} at δ = {at:.1e} where "
+                    f"{name} = {limit}, and {spent(before, at).best:.3f} is spent; nothing is released"
                 )
 
     def release(
@@ -98,11 +110,12 @@ class Budget:
 
         With privacy by client and a secure sum each mask brings noise of its own, so each is paid for.
         """
-        asked = content
-        if self.config.privacy.unit == "record":  # the noise is in the answer, and the masks of a secure sum are new each time
-            asked = RecordDict({name: record for name, record in content.items() if name != SECRETS})
-        question = hashlib.sha256(kind.encode() + to_bytes(asked)).hexdigest()
-        path = self.site.folder / self.site.name / "released" / f"{question}.safetensors"
+        order = Order.of(content)
+        names = (ARRAYS,) if self.config.privacy.unit == "record" else (ARRAYS, SECRETS)  # masks are new each time
+        records = to_bytes(RecordDict({name: content[name] for name in names if name in content}))
+        asked = json.dumps([kind, self.config.digest(), order.round, order.basis])  # what a resumed run may change is not in it
+        question = hashlib.sha256(asked.encode() + records).hexdigest()
+        path = self.site.folder / self.site.name / "released" / self.config.digest()[:16] / f"{question}.safetensors"
         with self.ledger.turn():
             if path.exists() and question in {entry.answer for entry in self.ledger.entries()}:
                 return load_tensors(path)[0][STATE]
@@ -111,7 +124,7 @@ class Budget:
             answer = work(mechanism)
             _forget(path.parent)
             save_tensors(path, {STATE: answer}, {"question": question})
-            self.ledger.add(self._entry(mechanism, steps, kind, Order.of(content).round, question))
+            self.ledger.add(self._entry(mechanism, steps, kind, order.round, question))
             return answer
 
     def _entry(self, mechanism: Mechanism, steps: int, what: str = "", round: int = 0, answer: str = "") -> Entry:
@@ -140,6 +153,6 @@ def fingerprint(examples: Sequence[Example]) -> str:
 
 
 def _forget(folder: Path) -> None:
-    """Only the newest answer is kept: the one before it has arrived, or its round is over."""
+    """Only the newest answer of a run is kept: the one before it has arrived, or its round is over."""
     for old in folder.glob("*.safetensors"):
         old.unlink()

@@ -28,6 +28,7 @@ EXAMPLES = {
     "max_steps": "100",
     "max_rounds": "50",
     "max_epsilon": "8.0",
+    "at_delta": "1e-6",
     "data_may_change": "true",
     "secure_sum_only": "true",
     "test_scores_may_leave": "false",
@@ -47,6 +48,9 @@ class Policy(Section):
     max_epsilon: PositiveFloat | None = Field(
         None,
         description="largest ε that all runs together may spend of this site's data, by its ledger; without privacy none may",
+    )
+    at_delta: Annotated[float, Field(gt=0, lt=1)] = Field(
+        1e-5, description="δ at which max_epsilon is counted; at the most one over the number of this site's examples"
     )
     data_may_change: bool = Field(
         False,
@@ -70,6 +74,11 @@ class Policy(Section):
         for task in config.data.tasks:
             if self.tasks is not None and not _matches(task.source, self.tasks):
                 raise _beyond("data.tasks", task.source, f"tasks = {list(self.tasks)}")
+        if self.max_epsilon is not None and config.privacy.unit == "client":
+            raise PolicyError(
+                f"the site's policy allows only privacy by record (max_epsilon = {self.max_epsilon}): on noise that the server "
+                "promises this site cannot count"
+            )
         if self.max_epsilon is not None and config.privacy.unit == "none":
             raise PolicyError(
                 f"the site's policy allows no run without differential privacy (max_epsilon = {self.max_epsilon}); this is one"

@@ -32,6 +32,13 @@ def share(content: RecordDict, session: Session, site: Site) -> ArrayRecord:
     return pack_payload(_member(content, session, site).share(unpack_payload(content)))
 
 
+def ready(content: RecordDict, session: Session, site: Site) -> None:
+    """Raise SecureSumError if this process has no part in the round's secure sum, or was told another number of members."""
+    order, member = Order.of(content), _member(content, session, site)
+    if member.context != context_of(session.config, order.basis, order.round, session.layout.size, order.members):
+        raise SecureSumError(f"{site.name} was told {order.members} members where its secrets are for another number; start anew")
+
+
 def mask(content: RecordDict, session: Session, site: Site, update: Tensor) -> ArrayRecord:
     """The masked update (size,); with privacy by client, its part of the noise is in it."""
     order = Order.of(content)

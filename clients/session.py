@@ -126,8 +126,6 @@ class Session:
             KeyStream(),
             kind=self.config.model.kind,
             pad_id=self.tokenizer.pad_token_id,
-            seed=self.config.seed,
-            client=site.name,
         )
         return self.layout.flatten(get_state(self.model))
 

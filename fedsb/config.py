@@ -5,6 +5,7 @@ Defaults live in `sections.py` and nowhere else. A file in `configs/` holds only
 
 import hashlib
 import json
+import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,6 +105,11 @@ class RunConfig(Section):
             raise ValueError(
                 'privacy.unit needs federation.weighting = "uniform", since how many examples a client has is private too; set it'
             )
+        sources = [task.source for task in self.data.tasks if not task.source.startswith("gym:")]
+        if privacy.unit != "none" and len({os.path.normpath(source) for source in sources}) < len(sources):
+            raise ValueError("with privacy two of data.tasks may not have one source: each record would be in the data twice")
+        if privacy.unit != "none" and self.data.partition == "own" and any(task.train for task in self.data.tasks):
+            raise ValueError("with privacy data.tasks of a site's own take no `train`: which rows it draws depends on all")
         if self.basis.source == "sketch" and privacy.secure_sum:
             raise ValueError('basis.source = "sketch" is not summed in secret yet; choose another basis, or secure_sum = false')
         if self.basis.source == "sketch" and privacy.unit != "none" and privacy.epsilon is None:

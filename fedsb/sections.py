@@ -198,7 +198,7 @@ class PrivacySection(Section):
     delta: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = Field(
         "auto", description="δ; `auto`, and at the most: one over the number of a client's records, or of clients"
     )
-    basis_share: Fraction = Field(
+    basis_share: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.2, description='share of ε that a basis from sketches may spend (only `basis.source = "sketch"`)'
     )
     clip_norm: PositiveFloat = Field(

@@ -213,7 +213,8 @@ class Federation:
             try:
                 seconds = {} if strategy.private else {"seconds": metric(reply, SECONDS)}
                 loss = {"loss": metric(reply, LOSS)} if self.config.personal.steps and not strategy.private else {}
-                personal = None if KEPT in reply.content[METRICS] else strategy.usable(reply)[0]
+                kept = KEPT in (reply.content.get(METRICS) or {})
+                personal = None if kept else strategy.usable(reply)[0]
             except ReplyError as error:
                 strategy.refuse(rounds, client, error)
                 continue
@@ -283,6 +284,9 @@ class Federation:
                 identity = Identity.of(reply)
                 check_equal("round", identity.round, 0)
                 self._check_who(node, identity)
+                planned, unit = self.config.federation.clients, self.config.privacy.unit
+                if unit == "client" and len(set(self.roster.values()) | {identity.client}) > planned:
+                    raise ReplyError(f"comes beyond the federation.clients = {planned} that privacy by client is planned for")
                 if self.strikes.out(identity.client):
                     raise ReplyError(f"is {identity.client}, which was left out of this run")
                 if any(name == identity.client for other, name in self.roster.items() if other in online):

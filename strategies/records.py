@@ -134,8 +134,8 @@ class Order:
         """Read the order of a message's content. Raises ReplyError if it has none."""
         try:
             config = content[CONFIG]
-            number, members = int(config["round"]), int(config["members"])  # type: ignore[arg-type]
             run, basis, which, versions = (str(config[key]) for key in ("run", "basis", "which", "versions"))
+            number, members = int(config["round"]), int(config["members"])  # type: ignore[arg-type]
             return cls(run, number, basis, which, versions, members)
         except (KeyError, TypeError, ValueError) as error:
             raise ReplyError(

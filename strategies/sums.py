@@ -39,12 +39,13 @@ def context_of(config: RunConfig, basis: str, server_round: int, size: int, memb
 def noise_share(config: RunConfig, members: int) -> float:
     """Standard deviation of the noise that each client adds for itself, with privacy by client; else 0.
 
-    So that the parts of `threshold` clients, the fewest that a sum can have, add up to the whole: σ·C/√threshold.
+    So that the parts of the others, when `threshold` clients stay, the fewest that a sum can have, add up to the whole: a client
+    knows its own part, and takes it off. σ·C/√(threshold - 1).
     """
     if config.privacy.unit != "client":
         return 0.0
     mechanism = mechanism_of(config, config.federation.clients)
-    return mechanism.noise_multiplier * mechanism.clip_norm / math.sqrt(two_thirds(members))
+    return mechanism.noise_multiplier * mechanism.clip_norm / math.sqrt(two_thirds(members) - 1)
 
 
 def fixed_point_of(config: RunConfig, server_round: int, members: int) -> FixedPoint:

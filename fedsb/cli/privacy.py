@@ -59,7 +59,7 @@ def plan(
 @privacy.command("ledger")
 def ledger(
     where: Annotated[Path, typer.Argument(help="folder of a simulated run, or of a site (its --home), or one ledger.jsonl")],
-    delta: Annotated[float | None, typer.Option(help="δ; by default one over the least number of records in an entry")] = None,
+    delta: Annotated[float | None, typer.Option(help="δ; by default one over the largest number of records in an entry")] = None,
     json_: Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")] = False,
 ) -> None:
     """Print what has been released of each client's data, and what it has cost together."""
@@ -110,7 +110,7 @@ def _planned(config: RunConfig, name: str, count: int, numbers: int) -> dict[str
 
 def _spent(entries: Sequence[Entry], delta: float | None) -> dict[str, Any]:
     last = entries[-1]
-    chosen = delta if delta is not None else 1 / max(2, min(entry.records for entry in entries))
+    chosen = delta if delta is not None else 1 / max(2, *(entry.records for entry in entries))
     cost = spent(entries, chosen)
     return {
         "client": last.client,

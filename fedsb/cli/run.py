@@ -141,7 +141,7 @@ def _runs(place: Home) -> list[dict[str, Any]]:
                 "run": name,
                 "status": states.get(number, {}).get("status", "unknown"),
                 "round": f"{last.get('round', 0)}/{last['rounds']}" if rounds else "0",
-                "loss": round(last["loss"], 4) if rounds else None,
+                "loss": None if last.get("loss") is None else round(last["loss"], 4),
                 "bytes_up": sum(event["up"] for event in rounds),
                 "bytes_down": sum(event["down"] for event in rounds),
                 "refused": sum(event["event"] == "refused" for event in events),

@@ -24,7 +24,7 @@ class KeyStream:
     Guarantees:
         - a fresh stream's key is 32 bytes of `os.urandom`; without it, its output cannot be told from chance at the cost of
           less than breaking AES-256.
-        - `normal`: Box-Muller on 53-bit uniforms in (0, 1), in float64. What it leaves out lies beyond 8.57 standard deviations,
+        - `normal`: Box-Muller on 52-bit uniforms in (0, 1), in float64. What it leaves out lies beyond 8.57 standard deviations,
           a probability of about 1e-17 a number: for a million numbers in a thousand steps 1e-8, far below any δ of 1/n here.
         - floating point: see `add_noise`.
 
@@ -37,9 +37,9 @@ class KeyStream:
         self._cipher = Cipher(algorithms.AES256(chosen), modes.CTR(bytes(16))).encryptor()
 
     def uniform(self, count: int) -> NDArray[np.float64]:
-        """(count,) float64 in (0, 1), multiples of 2^-54; never 0 or 1."""
+        """(count,) float64 in (0, 1), odd multiples of 2^-53; never 0 or 1."""
         raw = np.frombuffer(self._cipher.update(bytes(8 * count)), dtype="<u8")
-        return ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        return ((raw >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
     def normal(self, count: int) -> NDArray[np.float64]:
         """(count,) float64, independent, mean 0 and standard deviation 1. Box & Muller (1958)."""

@@ -22,7 +22,7 @@ from fedsb.data.batches import Encoded, Kind, collate
 from fedsb.errors import PrivacyError
 from fedsb.privacy.mechanism import Mechanism
 from fedsb.privacy.noise import KeyStream, add_noise
-from fedsb.training.loop import Plan, loss_function, optimiser_of, seed_dropout
+from fedsb.training.loop import Plan, loss_function, optimiser_of
 
 SLACK = 1 - 2.0**-20  # what rounding in fp32 may add to a norm
 
@@ -37,15 +37,14 @@ def train_private(
     *,
     kind: Kind,
     pad_id: int,
-    seed: int,
-    client: str,
 ) -> None:
     """Take the plan's steps on `parameters` in place. Returns nothing: a training loss would be about private records.
 
     Guarantees:
         - what `parameters` hold afterwards is (ε, δ)-private with regard to adding or removing one of `rows`, for every ε, δ
           of `accounting.epsilon([Release(noise_multiplier, sample_rate, plan.count)], δ)`, given what they held before.
-        - which records take part and the noise come from `stream` alone, so not from `seed`, which others know.
+        - which records take part, dropout and the noise come from `stream` alone, and not from the run's seed, which others know.
+        - the number of `rows` is public: rate, noise and divisor follow from it.
         - the divisor is the expected number of records q·n and not the drawn one, which would be private.
 
     | case | result |
@@ -63,7 +62,7 @@ def train_private(
     optimiser = optimiser_of(parameters, plan)
     expected = mechanism.sample_rate * len(rows)
     model.train()
-    seed_dropout(seed, client, plan.first)
+    torch.manual_seed(int(stream.uniform(1)[0] * 2**53))  # dropout: masks that nobody knows, independent of who is drawn
     with gradients_of_records(model, parameters):
         for step in range(plan.first, plan.first + plan.count):
             drawn = [rows[i] for i in stream.poisson_sample(len(rows), mechanism.sample_rate)]

@@ -175,10 +175,10 @@ def test_one_job_at_a_time_and_all_are_done(start: START, path: Path, run: str) 
 @pytest.mark.parametrize(
     ("kind", "content", "said"),
     [
-        ("train.everything", {}, "is asked query.prepare, train"),
+        ("train.everything", {}, "is asked query.sketch, query.prepare, train"),
         (
             TRAIN,
-            {"config": {"run": "{}", "round": 1, "basis": "x", "which": "", "versions": shared_versions()}},
+            {"config": {"run": "{}", "round": 1, "basis": "x", "which": "", "versions": shared_versions(), "members": 0}},
             "is missing; set it",
         ),
         (TRAIN, {"config": {"round": 1}}, "lacks run"),

@@ -20,7 +20,7 @@ def test_two_streams_differ_and_one_key_gives_one_stream() -> None:
 
 def test_the_stream_is_aes_in_counter_mode() -> None:
     raw = Cipher(algorithms.AES256(KEY), modes.CTR(bytes(16))).encryptor().update(bytes(80))
-    expected = [((int.from_bytes(raw[i : i + 8], "little") >> 11) + 0.5) / 2**53 for i in range(0, 80, 8)]
+    expected = [((int.from_bytes(raw[i : i + 8], "little") >> 12) + 0.5) / 2**52 for i in range(0, 80, 8)]
     assert KeyStream(KEY).uniform(10).tolist() == expected
 
 

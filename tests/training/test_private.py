@@ -166,8 +166,6 @@ def run(
         stream,
         kind=kind,  # type: ignore[arg-type]
         pad_id=0,
-        seed=0,
-        client="a",
     )
     return get_state(model)
 
