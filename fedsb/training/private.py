@@ -11,6 +11,7 @@ and a trained head; clipping and noise are fp32 and float64 whatever the model c
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ from fedsb.privacy.noise import KeyStream, add_noise
 from fedsb.training.loop import Plan, loss_function, optimiser_of
 
 SLACK = 1 - 2.0**-20  # what rounding in fp32 may add to a norm
+TOLERANCE = 0.05  # of a gradient's norm, between a batch and each record alone: rounding in bf16 stays below it
+_checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def train_private(
@@ -55,9 +58,11 @@ def train_private(
     | clip_norm 0, infinite or NaN | PrivacyError (`Mechanism`) |
     | a model with batch normalisation | PrivacyError: it mixes the records of a batch |
     | a trained module without gradients of single records | PrivacyError, naming it |
+    | a model whose gradients of records are wrong in a batch | PrivacyError, naming the layer (`check_gradients`) |
     | rows fewer than plan.batch_size | the caller's rate is 1: everybody takes part in every step |
     """
     forbid_mixing(model)
+    check_gradients(model, parameters, kind, pad_id)
     loss_of, device = loss_function(kind), next(iter(parameters.values())).device
     optimiser = optimiser_of(parameters, plan)
     expected = mechanism.sample_rate * len(rows)
@@ -114,6 +119,44 @@ def forbid_mixing(model: nn.Module) -> None:
                 f"layer {name} is a {type(module).__name__}, which mixes the records of a batch; "
                 'choose a model without it, or privacy.unit = "client" or "none"'
             )
+
+
+def check_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter], kind: Kind, pad_id: int) -> None:
+    """Raise PrivacyError unless made-up records have the gradients in one batch that each has alone; once a model and process.
+
+    A layer that runs on something else besides the records of a batch gives its gradient to one of them, and no shape tells.
+    """
+    if model in _checked:
+        return
+    rows = [Encoded(list(range(3, 3 + n)), [] if kind == "classification" else [3, 4], 0) for n in (2, 5, 9)]
+    rows = rows if kind == "classification" else [Encoded(row.prompt, row.completion) for row in rows]
+    model.eval()
+    for module in model.modules():  # Opacus looks at modules in training; dropout elsewhere stays off
+        module.train(any(p.requires_grad for p in module.parameters(recurse=False)))
+    together, alone = (_made_up(model, parameters, kind, pad_id, batches) for batches in ([rows], [[row] for row in rows]))
+    model.eval()
+    for name in parameters:
+        if (together[name] - alone[name]).norm() > TOLERANCE * alone[name].norm() + 1e-12:
+            raise PrivacyError(
+                f"{name}: in a batch its gradients of single records are not those of each alone, so no clipping bounds them; "
+                "choose another model, or leave that layer out of adapter.target_modules"
+            )
+    _checked.add(model)
+
+
+def _made_up(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], kind: Kind, pad_id: int, batches: Sequence[Sequence[Encoded]]
+) -> dict[str, Tensor]:
+    """Parameter → gradients of all records (records, *shape)."""
+    loss_of, device = loss_function(kind), next(iter(parameters.values())).device
+    found: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    with gradients_of_records(model, parameters):
+        for batch in batches:
+            (loss_of(model, collate(batch, pad_id, kind).to(device)) * len(batch)).backward()  # type: ignore[no-untyped-call]
+            for name, parameter in parameters.items():
+                found[name].append(_of_records(name, parameter, len(batch)).float().clone())
+                parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 @contextlib.contextmanager

@@ -116,6 +116,10 @@ def test_by_client_each_is_clipped_and_the_server_adds_noise(llama: str, words: 
     run = config(llama, words, {"unit": "client", "epsilon": 8.0, "clip_norm": 0.25})
     seen = sketches(run, tmp_path)
     assert all(float(sketch.norm()) <= 0.25 for sketch in seen.values()) and len(seen) == 3
+    (stored,) = (tmp_path / "basis").glob("*.safetensors")
+    plan = Session(run).sketcher().plan
+    exact, found = sketched_basis(plan, sum(seen.values(), torch.zeros(plan.size))), load_basis(tmp_path, stored.stem)
+    assert all(torch.linalg.svdvals(exact.B[name].T @ found.B[name].float()).min() < 0.9 for name in exact.B)
     first = entries(tmp_path)[0]
     assert (first.what, first.unit) == (SKETCH, "client")
 

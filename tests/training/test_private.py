@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from fedsb.adapters.state import get_state, parameters_of
 from fedsb.adapters.tuner import LoraSbModel
@@ -243,6 +244,30 @@ def test_batch_normalisation_is_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     with pytest.raises(PrivacyError, match="layer 1 is a BatchNorm1d, which mixes the records of a batch; choose a model"):
         forbid_mixing(model)
+
+
+def test_a_layer_that_runs_on_more_than_the_records_is_refused_by_name() -> None:
+    """DeBERTa's shared keys also run on relative positions, whose gradient Opacus adds to the first record's."""
+    torch.manual_seed(0)
+    settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64}
+    model = DebertaV2ForSequenceClassification(
+        DebertaV2Config(
+            **settings,
+            max_position_embeddings=32,
+            relative_attention=True,
+            position_buckets=8,
+            share_att_key=True,
+            pos_att_type=["p2c", "c2p"],
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            pooler_dropout=0.0,
+            initializer_range=0.2,
+            num_labels=3,
+        )
+    ).requires_grad_(False)
+    adapted_model = adapted(model, task_type="SEQ_CLS", target_modules=["query_proj", "key_proj", "value_proj"])
+    with pytest.raises(PrivacyError, match="(query|key)_proj.core: in a batch its gradients .* leave that layer out"):
+        run("classification", adapted_model, labelled(8), Fixed([0], [1]))
 
 
 def test_a_parameter_without_gradients_of_records_is_refused_by_name() -> None:
