@@ -95,7 +95,7 @@ def test_bytes_are_counted_by_hand() -> None:
     order = Order("{}", 3, "ab" * 32, "global")
     message = order_message(2, "evaluate", order, state)
     told = len("run") + len("{}") + len("round") + 8 + len("basis") + 64 + len("which") + len("global")
-    told += len("versions") + len(shared_versions())
+    told += len("versions") + len(shared_versions()) + len("members") + 8
     assert bytes_of(message) == told + len("state") + 10
     content = reply_content(Identity("ä", 3, "b", "l", "t"), {"loss": 1.5, "num-examples": 2})
     reply = Message(content, reply_to=message)
