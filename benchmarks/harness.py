@@ -6,6 +6,7 @@ The last line that a benchmark prints is one JSON object:
 
 import ctypes
 import ctypes.util
+import functools
 import gc
 import importlib.metadata
 import json
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -125,6 +126,32 @@ def resident() -> int:
         if trim:
             trim(0)
     return int(psutil.Process().memory_info().rss)
+
+
+def peak_of_steps(step: Callable[[], object]) -> int:
+    """Peak bytes of three calls beyond what is resident now, in this process."""
+    with Peak() as peak:
+        for _ in range(3):
+            step()
+    return peak.growth
+
+
+def memory_of_rows(module: str, rows: Iterable[str], arguments: Sequence[str]) -> dict[str, float]:
+    """Row → MB that `python -m MODULE ARGUMENTS --memory-of=ROW` needs beyond the model, in a process each."""
+    found = {}
+    for row in rows:
+        found[row] = child(module, *arguments, f"--memory-of={row}")["bytes"] / 1e6
+        say(f"{row:<16} {found[row]:8.0f} MB beyond the model")
+    return found
+
+
+def time_of_rows(steps: Mapping[str, Callable[[], object]], turns: int) -> dict[str, float]:
+    """Row → median seconds of its step, all rows in turns."""
+    times = in_turns({row: functools.partial(seconds, step) for row, step in steps.items()}, turns)
+    found = {row: median(values) for row, values in times.items()}
+    for row, value in found.items():
+        say(f"{row:<16} {value:8.3f} s per step, median of {turns}")
+    return found
 
 
 class Peak:

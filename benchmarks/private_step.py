@@ -18,8 +18,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 
-from benchmarks.harness import Peak, child, figure, in_turns, median, report, say, seconds
+from benchmarks.harness import figure, memory_of_rows, peak_of_steps, report, time_of_rows
 from fedsb.adapters.state import parameters_of
 from fedsb.adapters.tuner import LoraSbConfig
 from fedsb.data.batches import Encoded
@@ -49,8 +50,6 @@ def examples(base: Any, options: argparse.Namespace) -> list[Encoded]:
 
 def ours(row: str, options: argparse.Namespace) -> Callable[[], None]:
     """A step of LoRA-SB, with privacy or without."""
-    from peft import get_peft_model
-
     base = base_of(options)
     rows = examples(base, options)
     model: Any = get_peft_model(base, LoraSbConfig(r=options.rank, basis_dtype="bf16"))
@@ -70,7 +69,6 @@ def peer(options: argparse.Namespace) -> Callable[[], None]:
     """A step of PEFT's LoRA with stock Opacus."""
     from opacus import GradSampleModule
     from opacus.optimizers import DPOptimizer
-    from peft import LoraConfig, get_peft_model
 
     base = base_of(options)
     ids = torch.tensor([[*row.prompt, *row.completion] for row in examples(base, options)])
@@ -97,15 +95,6 @@ def stepper(row: str, options: argparse.Namespace) -> Callable[[], None]:
     return peer(options) if row == "lora-opacus" else ours(row, options)
 
 
-def memory_of(row: str, options: argparse.Namespace) -> int:
-    """Peak bytes of three steps beyond the loaded model with its adapter, in this process."""
-    step = stepper(row, options)
-    with Peak() as peak:
-        for _ in range(3):
-            step()
-    return peak.growth
-
-
 def main() -> None:
     """Measure every row and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -120,21 +109,16 @@ def main() -> None:
     parser.add_argument("--memory-of", choices=ROWS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
-        print(json.dumps({"bytes": memory_of(options.memory_of, options)}))
+        print(json.dumps({"bytes": peak_of_steps(stepper(options.memory_of, options))}))
         return
     sizes = [f"--{name.replace('_', '-')}={value}" for name, value in vars(options).items() if name not in ("turns", "memory_of")]
-    memory = {}
-    for row in ROWS:
-        memory[row] = child("benchmarks.private_step", *sizes, f"--memory-of={row}")["bytes"] / 1e6
-        say(f"{row:<16} {memory[row]:8.0f} MB beyond the model")
+    memory = memory_of_rows("benchmarks.private_step", ROWS, sizes)
     steps = {row: stepper(row, options) for row in ROWS}
-    numbers = torch.zeros(sum(p.numel() for p in parameters_of(_any_model(options)).values()))
+    adapted = get_peft_model(base_of(options), LoraSbConfig(r=options.rank, basis="later"))
+    numbers = torch.zeros(sum(p.numel() for p in parameters_of(adapted).values()))
     stream = KeyStream()
     steps["noise"] = lambda: (add_noise(numbers, 1.0, stream), None)[1]
-    times = in_turns({row: lambda step=step: seconds(step) for row, step in steps.items()}, options.turns)  # type: ignore[misc]
-    time = {row: median(values) for row, values in times.items()}
-    for row, value in time.items():
-        say(f"{row:<16} {value:8.3f} s per step, median of {options.turns}")
+    time = time_of_rows(steps, options.turns)
     report(
         "private_step",
         {
@@ -146,12 +130,6 @@ def main() -> None:
             "noise_share": figure(time["noise"] / time["sb-private"], "share", time["noise"], time["sb-private"]),
         },
     )
-
-
-def _any_model(options: argparse.Namespace) -> Any:
-    from peft import get_peft_model
-
-    return get_peft_model(base_of(options), LoraSbConfig(r=options.rank, basis="later"))
 
 
 if __name__ == "__main__":

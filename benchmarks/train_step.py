@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Peak, child, figure, in_turns, median, report, say, seconds
+from benchmarks.harness import figure, memory_of_rows, peak_of_steps, report, time_of_rows
 from fedsb.adapters.state import parameters_of
 from fedsb.adapters.tuner import LoraSbConfig
 from fedsb.data.batches import Batch, Encoded
@@ -78,15 +78,6 @@ def void(_: object) -> None:
     """Drop a result."""
 
 
-def memory_of(row: str, options: argparse.Namespace) -> int:
-    """Peak bytes of three steps beyond the loaded model with its adapter, in this process."""
-    step = stepper(row, options)
-    with Peak() as peak:
-        for _ in range(3):
-            step()
-    return peak.growth
-
-
 def main() -> None:
     """Measure every row and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -98,18 +89,12 @@ def main() -> None:
     parser.add_argument("--memory-of", choices=sorted(ROWS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
-        print(json.dumps({"bytes": memory_of(options.memory_of, options)}))
+        print(json.dumps({"bytes": peak_of_steps(stepper(options.memory_of, options))}))
         return
     sizes = [f"--{name}={getattr(options, name)}" for name in ("model", "batch", "tokens", "dtype")]
-    memory = {}
-    for row in ROWS:
-        memory[row] = child("benchmarks.train_step", *sizes, f"--memory-of={row}")["bytes"] / 1e6
-        say(f"{row:<16} {memory[row]:8.0f} MB beyond the model")
+    memory = memory_of_rows("benchmarks.train_step", ROWS, sizes)
     steps = {row: stepper(row, options) for row in ("sb32", "sb64", "lora32", "lora32-our-loss")}
-    times = in_turns({row: lambda step=step: seconds(step) for row, step in steps.items()}, options.turns)  # type: ignore[misc]
-    time = {row: median(values) for row, values in times.items()}
-    for row, value in time.items():
-        say(f"{row:<16} {value:8.3f} s per step, median of {options.turns}")
+    time = time_of_rows(steps, options.turns)
 
     def against(table: dict[str, float], ours: str, peer: str, unit: str) -> dict[str, Any]:
         return figure(table[ours] / table[peer], unit, table[ours], table[peer], ours_row=ours, peer_row=peer)

@@ -2,9 +2,8 @@
 so that the same code runs in a simulation, in Flower's own process for a message, and in a site's trainer.
 
 `query.sketch`: the first gradient's sketch, where the basis comes from those. `query.prepare`: load the model and get hold of
-the basis. `train`: one round from the global core. `train.personalise`:
-go on alone. `evaluate`: score base, global or personal core on the own test set. `query.advertise`, `query.share`,
-`query.reveal`: the stages of a secure sum around `train`.
+the basis. `train`: one round from the global core. `train.personalise`: go on alone. `evaluate`: score base, global or personal
+core on the own test set. `query.advertise`, `query.share`, `query.reveal`: the stages of a secure sum around `train`.
 """
 
 import os
@@ -21,12 +20,10 @@ from clients.budget import Budget
 from clients.policy import Policy, load_policy
 from clients.session import Session, Site, open_session
 from fedsb.config import RunConfig
-from fedsb.data.batches import draw
 from fedsb.data.tasks import Split
 from fedsb.errors import FedsbError, PolicyError, PrivacyError
 from fedsb.privacy.clipping import clip
 from fedsb.privacy.mechanism import Mechanism, sketch_mechanism
-from fedsb.privacy.noise import KeyStream, add_noise
 from fedsb.store.tensors import load_tensors, save_tensors
 from fedsb.training.loop import Plan, personal_plan, round_plan
 from strategies.records import (
@@ -96,34 +93,16 @@ def prepare(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
 
 
 def sketch(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
-    """The sketch of this client's first gradient, from which the server makes the basis: a mean over some examples, or, with
-    privacy by record, a clipped and noisy sum over a Poisson sample, divided by how many that has on average."""
+    """The sketch of this client's first gradient, from which the server makes the basis; with privacy it is a release."""
     order = Order.of(content)
     session = open_session(order.run)
-    site, config = site_of(node, session.config), session.config
-    rows, sketcher, wanted = session.rows(site, "train"), session.sketcher(), config.basis.examples
-    if config.privacy.unit == "record":
-        budget = Budget.of(session, site, policy)
-
-        def noisy(mechanism: Mechanism) -> Tensor:
-            stream = KeyStream()
-            drawn = [rows[i] for i in stream.poisson_sample(len(rows), mechanism.sample_rate)]
-            found = sketcher.clipped(drawn, mechanism.clip_norm)
-            return add_noise(found.vector, mechanism.noise_multiplier * found.bound, stream) / (mechanism.sample_rate * len(rows))
-
-        vector = budget.release(SKETCH, content, 1, noisy, sketch_mechanism(config, len(rows)))
+    site = site_of(node, session.config)
+    if session.config.privacy.unit == "none":
+        vector = session.sketch(site)
     else:
-        drawn = draw(len(rows), 0, min(wanted, len(rows)), config.seed, site.name)
-
-        def plain(mechanism: Mechanism | None = None) -> Tensor:
-            found = sketcher.summed([rows[i] for i in drawn]) / len(drawn)
-            return found if mechanism is None else clip(found, mechanism.clip_norm).vector
-
-        if config.privacy.unit == "client":
-            budget = Budget.of(session, site, policy)
-            vector = budget.release(SKETCH, content, 1, plain, sketch_mechanism(config, config.federation.clients))
-        else:
-            vector = plain()
+        budget = Budget.of(session, site, policy)
+        work = session.sketch_private if session.config.privacy.unit == "record" else session.sketch_clipped
+        vector = budget.release(SKETCH, content, 1, partial(work, site), sketch_mechanism(session.config, budget.units))
     identity = Identity(site.name, order.round, "", session.layout.fingerprint, model=session.model_sha256)
     return reply_content(identity, {}, pack_state(vector, "fp32"))
 

@@ -36,8 +36,8 @@ def ask(path: Path, kind: str, content: RecordDict, seconds: float, wait_seconds
     """Put a question to the trainer behind a socket and return its answer.
 
     A trainer that is away is waited for; one that dies while it answers is asked once more when it is back, since an
-    answer depends on the question alone. Raises TrainerError if it stays away, dies again, refuses, or has not answered
-    after `seconds`; it then drops the question, unless it is at work on it already.
+    answer depends on the question alone, or was paid for and is on the disk. Raises TrainerError if it stays away, dies
+    again, refuses, or has not answered after `seconds`; it then drops the question, unless it is at work on it already.
     """
     body = to_bytes(content)
     for attempt in (1, 2):

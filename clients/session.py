@@ -15,14 +15,15 @@ from fedsb.adapters.state import get_state, parameters_of, set_state
 from fedsb.adapters.tuner import adapted_layers, set_basis
 from fedsb.basis.frames import Basis
 from fedsb.config import RunConfig
-from fedsb.data.batches import Encoded, encode
+from fedsb.data.batches import Encoded, draw, encode
 from fedsb.data.examples import Example
 from fedsb.data.sites import client_data
 from fedsb.data.tasks import Split, labels_of
 from fedsb.errors import BasisError, FedsbError
 from fedsb.models import device_of, load_model, load_tokenizer, locate
+from fedsb.privacy.clipping import clip
 from fedsb.privacy.mechanism import Mechanism
-from fedsb.privacy.noise import KeyStream
+from fedsb.privacy.noise import KeyStream, add_noise
 from fedsb.sections import SITE_NAME
 from fedsb.serving.evaluator import Score, evaluate
 from fedsb.store.basis_files import load_basis, save_basis
@@ -62,7 +63,8 @@ class Trained:
 
 
 class Session:
-    """The frozen model with its adapter, and what to do with it. Everything it computes depends on its arguments alone."""
+    """The frozen model with its adapter, and what to do with it. Everything it computes depends on its arguments alone, except
+    `train_private`, whose noise nobody can know."""
 
     def __init__(self, config: RunConfig) -> None:
         if config.runtime.threads:
@@ -128,6 +130,24 @@ class Session:
             pad_id=self.tokenizer.pad_token_id,
         )
         return self.layout.flatten(get_state(self.model))
+
+    def sketch(self, site: Site) -> Tensor:
+        """The sketch (size of the plan,) of the client's first gradient: the mean over `basis.examples` of its examples."""
+        rows, config = self.rows(site, "train"), self.config
+        drawn = draw(len(rows), 0, min(config.basis.examples, len(rows)), config.seed, site.name)
+        return self.sketcher().summed([rows[i] for i in drawn]) / len(drawn)
+
+    def sketch_clipped(self, site: Site, mechanism: Mechanism) -> Tensor:
+        """The same, clipped as a whole: the server adds the noise."""
+        return clip(self.sketch(site), mechanism.clip_norm).vector
+
+    def sketch_private(self, site: Site, mechanism: Mechanism) -> Tensor:
+        """The same with privacy for each example: a noisy sum of clipped sketches over a Poisson sample, divided by how many that
+        has on average."""
+        rows, stream = self.rows(site, "train"), KeyStream()
+        drawn = [rows[i] for i in stream.poisson_sample(len(rows), mechanism.sample_rate)]
+        found = self.sketcher().clipped(drawn, mechanism.clip_norm)
+        return add_noise(found.vector, mechanism.noise_multiplier * found.bound, stream) / (mechanism.sample_rate * len(rows))
 
     def sketcher(self) -> Sketcher:
         """What sketches the gradient that training starts from, with the base model's cores and the head of the seed."""

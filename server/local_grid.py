@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedsb.errors import BudgetError, LedgerError, PolicyError, SecureSumError
+from fedsb.errors import BudgetError, FedsbError, LedgerError, PolicyError, SecureSumError
 
 SERVER_NODE = 1
 FIRST_NODE = 2
@@ -33,6 +33,8 @@ class LocalGrid(Grid):
         node_configs: one a client, as a SuperNode's --node-config.
         run_config: as Flower's run config.
     """
+
+    refusals: tuple[type[FedsbError], ...] = (PolicyError, BudgetError, LedgerError, SecureSumError)
 
     def __init__(self, client_app: ClientApp, node_configs: Sequence[UserConfig], run_config: UserConfig | None = None) -> None:
         self._app = client_app
@@ -84,7 +86,7 @@ class LocalGrid(Grid):
         any other error of ours is a mistake in the run, and ends it."""
         try:
             return self._app(message, self._contexts[message.metadata.dst_node_id])
-        except (PolicyError, BudgetError, LedgerError, SecureSumError) as error:
+        except self.refusals as error:
             reason = f"{type(error)}:<'{error}'>"
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 

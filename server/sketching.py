@@ -2,8 +2,7 @@
 subspaces of the sum (`fedsb/basis/sketch.py`). No client sends a gradient; with privacy each sketch is a release, paid for.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from flwr.app import Message
@@ -60,7 +59,7 @@ def basis_from_clients(
     for reply in exchange([order_message(node, SKETCH, order) for node in nodes]):
         node = reply.metadata.src_node_id
         try:
-            client, vector = _read(reply, plan, lambda identity, node=node: check(node, identity))  # type: ignore[misc]
+            client, vector = _read(reply, plan, check)
             if client in seen:
                 raise ReplyError(f"bears the name {client}, which another client has")
         except ReplyError as error:
@@ -69,6 +68,8 @@ def basis_from_clients(
         seen.add(client)
         total.add(vector)
         tell("sketched", client=client)
+    for node in exchange.silent:
+        tell("silent", round=0, client=f"node {node}")
     if len(seen) < max(1, federation.min_clients) and config.privacy.unit != "client":
         raise FederationError(
             f"{len(seen)} clients sent a sketch where federation.min_clients = {federation.min_clients} are needed; events.jsonl "
@@ -77,29 +78,21 @@ def basis_from_clients(
     return sketched_basis(plan, total.result()).to(DTYPES[config.basis.dtype]), exchange.traffic
 
 
-class _Uniform(Mean):
-    """A mean in which every client counts alike."""
-
-    def add(self, vector: Tensor, weight: float = 1.0) -> None:
-        super().add(vector, weight)
-
-
-def _sum(config: RunConfig, size: int) -> Any:
+def _sum(config: RunConfig, size: int) -> Mean | PrivateMean:
     if config.privacy.unit != "client":
-        return _Uniform(size)
+        return Mean(size)
     clients = config.federation.clients
     return PrivateMean(torch.zeros(size), sketch_mechanism(config, clients), clients, KeyStream())
 
 
-def _read(reply: Message, plan: SketchPlan, check: Callable[[Identity], None]) -> tuple[str, Tensor]:
+def _read(reply: Message, plan: SketchPlan, check: Check) -> tuple[str, Tensor]:
     """A client's name and its sketch (plan.size,). Raises ReplyError if it must not be counted."""
     if reply.has_error():
         raise ReplyError(f"failed: {reason_of(reply.error)}")
     check_size(size_of(reply), largest_reply(plan.size, "fp32"))
     identity = Identity.of(reply)
     check_equal("round", identity.round, 0)
-    check(identity)
-    content: Mapping[str, Any] = reply.content
-    vector = unpack_state(content.get(ARRAYS), "fp32")
+    check(reply.metadata.src_node_id, identity)
+    vector = unpack_state(reply.content.get(ARRAYS), "fp32")
     check_vector(vector, plan.size)
     return identity.client, vector

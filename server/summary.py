@@ -43,18 +43,18 @@ def summarise(run: Federation, basis: Basis, evaluation: dict[str, Any], seconds
 
 
 def _privacy(run: Federation) -> dict[str, Any] | None:
-    """What was promised. What each client has spent stands in its own ledger."""
+    """What was promised, and the rounds that each client's reply counted in. What it has spent stands in its own ledger."""
     privacy, clients = run.config.privacy, run.config.federation.clients
     if privacy.unit == "none":
         return None
-    cost: dict[str, Any] = {"epsilon": privacy.epsilon, "delta": None if privacy.delta == "auto" else privacy.delta}
+    promised: dict[str, Any] = {
+        "epsilon": privacy.epsilon,
+        "delta": None if privacy.delta == "auto" else privacy.delta,
+        "accountant": None,
+    }
     if privacy.unit == "client":  # the same for all, so the server knows it
-        delta = delta_of(run.config, clients)
-        cost = {
-            "epsilon": epsilon(
-                [*basis_releases(run.config, clients), mechanism_of(run.config, clients).release(len(run.history))], delta
-            ).best,
-            "delta": delta,
-        }
-    asked = Counter(event["client"] for event in read_events(run.journal.path) if event["event"] == "reply")
-    return {"unit": privacy.unit, **cost, "accountant": "prv", "clients": dict(asked)}
+        mechanism, delta = mechanism_of(run.config, clients), delta_of(run.config, clients)
+        cost = epsilon([*basis_releases(run.config, clients), mechanism.release(len(run.history))], delta)
+        promised = {"epsilon": cost.best, "delta": delta, "accountant": cost.accountant}
+    counted = {(e["client"], e["round"]) for e in read_events(run.journal.path) if e["event"] == "reply"}
+    return {"unit": privacy.unit, **promised, "clients": dict(Counter(client for client, _ in sorted(counted)))}

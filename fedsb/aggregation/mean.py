@@ -25,7 +25,7 @@ class Mean:
         self._weight = 0.0
         self._sum = torch.zeros(size, dtype=torch.float64)
 
-    def add(self, vector: Tensor, weight: float) -> None:
+    def add(self, vector: Tensor, weight: float = 1.0) -> None:
         """Count one client's vector (size,), fp32 or bf16, with a positive weight."""
         if vector.shape != (self.size,) or not weight > 0:
             raise ValueError(

@@ -48,7 +48,8 @@ class Release:
 
 @dataclass(frozen=True)
 class Epsilon:
-    """ε at one δ. `prv` is the smaller, `rdp` the older and looser bound; `prv` is infinite where it was not computed."""
+    """ε at one δ, twice: each is an upper bound, `rdp` the older and mostly the looser one; `prv` is infinite where it was not
+    computed."""
 
     prv: float
     rdp: float
@@ -57,6 +58,11 @@ class Epsilon:
     def best(self) -> float:
         """The smaller of the two upper bounds."""
         return min(self.prv, self.rdp)
+
+    @property
+    def accountant(self) -> str:
+        """Whose bound that is."""
+        return "prv" if self.prv <= self.rdp else "rdp"
 
 
 def epsilon(releases: Sequence[Release], delta: float) -> Epsilon:

@@ -28,12 +28,10 @@ class Clipped:
         vector: (size,), fp32 on the CPU.
         bound: the L2 norm of one contribution at the most: how far the sum moves when one is added or taken away. One that
             is replaced moves it by up to twice as much.
-        count: how many contributions there are; as private as they are, where their number is not public.
     """
 
     vector: Tensor
     bound: float
-    count: int
 
 
 def clip(vector: Tensor, bound: float) -> Clipped:
@@ -60,12 +58,12 @@ def clip(vector: Tensor, bound: float) -> Clipped:
     numbers = vector.detach().to("cpu", torch.float32)
     norm = norm_of(numbers)
     if not math.isfinite(norm):
-        return Clipped(torch.zeros_like(numbers), bound, 1)
+        return Clipped(torch.zeros_like(numbers), bound)
     factor = min(1.0, bound * SHRINK / norm) if norm else 1.0
     result = torch.empty_like(numbers)
     for scaled, part in zip(result.split(BLOCK), numbers.split(BLOCK), strict=True):
         scaled.copy_(part.double().mul_(factor))
-    return Clipped(result, bound, 1)
+    return Clipped(result, bound)
 
 
 def clipped_sum(vectors: Iterable[Tensor], bound: float, size: int) -> Clipped:
@@ -77,19 +75,18 @@ def clipped_sum(vectors: Iterable[Tensor], bound: float, size: int) -> Clipped:
 
     | case | result |
     |---|---|
-    | no vectors | zeros, with count 0 |
+    | no vectors | zeros |
     | a vector of another size | ValueError: a defect of the caller, not of the data |
     | any other | as `clip`, vector by vector |
     """
     check_bound(bound)
-    total, count = torch.zeros(size, dtype=torch.float64), 0
+    total = torch.zeros(size, dtype=torch.float64)
     for vector in vectors:
         if vector.shape != (size,):
             raise ValueError(f"a vector of {size} numbers was expected, not {tuple(vector.shape)}")
         _add(total, clip(vector, bound).vector)
-        count += 1
         del vector  # it may be a view of several, which are in the way while the next are made
-    return Clipped(total.to(torch.float32), bound, count)
+    return Clipped(total.to(torch.float32), bound)
 
 
 def _add(total: Tensor, vector: Tensor) -> None:

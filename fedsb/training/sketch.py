@@ -58,8 +58,8 @@ class Sketcher:
 
         | case | result |
         |---|---|
-        | no rows | zeros, with count 0 |
-        | a row whose gradient is zero or not finite | counts, and adds zeros |
+        | no rows | zeros |
+        | a row whose gradient is zero or not finite | adds zeros |
         | a bound that is no positive finite number | PrivacyError |
         | a layer that sees the tokens of several rows as one list | BasisError, unless `microbatch` is 1 |
 

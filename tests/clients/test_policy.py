@@ -1,5 +1,6 @@
 """The site decides: what is beyond its policy is refused with a reason, and the run goes on without it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ from clients.answers import answer
 from clients.app import app as client_app
 from clients.policy import Policy, load_policy, template
 from fedsb.config import RunConfig
-from fedsb.errors import ConfigError, PolicyError, ReplyError
+from fedsb.errors import BasisError, ConfigError, PolicyError, PrivacyError, ReplyError
 from server.local_grid import LocalGrid, node_configs
-from strategies.records import CONFIG, TRAIN, Order
+from strategies.records import CONFIG, PREPARE, TRAIN, Order
 from tests.federation.tiny import config_of, events, federate, personal_states, save_model, save_task, table
 
 
@@ -38,6 +39,40 @@ def test_each_limit(config: RunConfig, tmp_path: Path, text: str, said: str) -> 
     (tmp_path / "policy.toml").write_text(text)
     with pytest.raises(PolicyError, match=f"the site's policy does not allow {said}"):
         load_policy(tmp_path / "policy.toml").check(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "privacy", "said"),
+    [
+        ("max_epsilon = 3.0", {}, "allows no run without differential privacy"),
+        ("max_epsilon = 3.0", {"unit": "client", "noise_multiplier": 1e6}, "allows only privacy by record"),
+        ("secure_sum_only = true", {}, "does not allow privacy.secure_sum = false"),
+    ],
+)
+def test_privacy_that_a_site_does_not_count_as_such(
+    config: RunConfig, tmp_path: Path, text: str, privacy: dict[str, Any], said: str
+) -> None:
+    """The noise by client is the server's to add, and a server may promise what it likes."""
+    content = json.loads(config.to_json()) | {"privacy": privacy}
+    content["federation"]["weighting"] = "uniform"
+    (tmp_path / "policy.toml").write_text(text)
+    with pytest.raises(PolicyError, match=said):
+        load_policy(tmp_path / "policy.toml").check(config_of(content))
+
+
+def test_a_refusal_of_a_private_run_tells_nothing_of_the_data(config: RunConfig, tmp_path: Path) -> None:
+    """Not the fingerprint in a ledger's, not the number of records in a δ's; a run without privacy is told why."""
+    content = json.loads(config.to_json()) | {"privacy": {"unit": "record", "epsilon": 1.0, "delta": 0.9}}
+    content["federation"]["weighting"] = "uniform"
+    node = {"name": "client-0", "partition-id": 0, "num-partitions": 3, "folder": str(tmp_path)}
+    question = RecordDict({CONFIG: Order(config_of(content).to_json(), 0, "").record()})
+    with pytest.raises(PrivacyError, match="is above 1/") as refused:
+        answer(PREPARE, question, node)
+    assert refused.value.outside == f"does not answer {PREPARE}; its own log says why"  # type: ignore[attr-defined]
+    question = RecordDict({CONFIG: Order(config.to_json(), 1, "f" * 64).record()})
+    with pytest.raises(BasisError) as plain:
+        answer(TRAIN, question, node)
+    assert not hasattr(plain.value, "outside")
 
 
 def test_at_its_limits_everything_is_allowed(config: RunConfig) -> None:

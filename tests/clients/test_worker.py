@@ -118,15 +118,21 @@ def test_the_flower_app_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
-def test_killed_in_a_job_it_is_asked_again_when_it_is_back(start: START, path: Path, run: str) -> None:
-    process = start()
-    basis, size = prepared(path, run)
-    slow, found = slow_run(run), []
+def ask_slowly(path: Path, run: str, basis: str, size: int) -> tuple[threading.Thread, list[RecordDict]]:
+    """Ask for training of several seconds, in a thread; it is at work when this returns, and its answer will be in the list."""
+    slow, found = slow_run(run), list[RecordDict]()
     ask(path, PREPARE, question(slow, PREPARE, basis).content, SECONDS)
     asking = threading.Thread(target=lambda: found.append(ask(path, TRAIN, question(slow, TRAIN, basis, size).content, SECONDS)))
     asking.start()
     while not _health(path)["jobs"]:
         time.sleep(0.01)
+    return asking, found
+
+
+def test_killed_in_a_job_it_is_asked_again_when_it_is_back(start: START, path: Path, run: str) -> None:
+    process = start()
+    basis, size = prepared(path, run)
+    asking, found = ask_slowly(path, run, basis, size)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     start()
@@ -138,12 +144,7 @@ def test_a_trainer_is_not_waited_for_without_end(start: START, path: Path, run: 
     """And a question that nobody waits for any more is dropped, so that a slow site does not fall ever further behind."""
     start()
     basis, size = prepared(path, run)
-    slow, found = slow_run(run), []
-    ask(path, PREPARE, question(slow, PREPARE, basis).content, SECONDS)
-    asking = threading.Thread(target=lambda: found.append(ask(path, TRAIN, question(slow, TRAIN, basis, size).content, SECONDS)))
-    asking.start()
-    while not _health(path)["jobs"]:
-        time.sleep(0.01)
+    asking, found = ask_slowly(path, run, basis, size)
     for _ in range(2):
         with pytest.raises(TrainerError, match=r"trainer.sock did not answer train in 0.2 s; see its log"):
             ask(path, TRAIN, question(run, TRAIN, basis, size).content, 0.2)

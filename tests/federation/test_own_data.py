@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Error, Message, UserConfig
+from flwr.app import UserConfig
 
 from clients.answers import site_of
 from clients.app import app as client_app
@@ -48,8 +48,9 @@ def save_own(folder: Path, kind: str = "causal") -> None:
 
 
 class Sites(LocalGrid):
-    """Real sites: they are named by their operators, have no place in a partition, and their errors are replies, as Flower
-    words them."""
+    """Real sites: they are named by their operators, have no place in a partition, and all their errors are replies."""
+
+    refusals = (FedsbError,)
 
     def __init__(self, names: tuple[str, ...], folder: Path) -> None:
         nodes: list[UserConfig] = [
@@ -57,13 +58,19 @@ class Sites(LocalGrid):
         ]
         super().__init__(client_app, nodes)
 
-    def pull_messages(self, message_ids: Any) -> Any:
-        for message_id in list(message_ids):
-            message = self._pending.pop(message_id)
-            try:
-                yield self._app(message, self._contexts[message.metadata.dst_node_id])
-            except FedsbError as error:
-                yield Message(Error(2, f"{type(error)!s}:<'{error}'>"), reply_to=message)
+
+def test_by_client_no_more_take_part_than_privacy_was_planned_for(llama: str, tmp_path: Path) -> None:
+    """δ, noise and divisor are those of `federation.clients`, and any number of sites may come."""
+    save_own(tmp_path / "data")
+    content = json.loads(own(llama, tmp_path / "data", privacy={"unit": "none"}).to_json())
+    content["federation"] |= {"clients": 2, "names": [], "weighting": "uniform"}
+    content["privacy"] = {"unit": "client", "noise_multiplier": 1.0}
+    federate(config_of(content), tmp_path / "run", grid=Sites(NAMES, tmp_path / "sites"))
+    assert len({event["client"] for event in events(tmp_path / "run", "reply")}) == 2
+    reasons = [event["reason"] for event in events(tmp_path / "run", "refused")]
+    assert reasons and all(
+        "beyond the federation.clients = 2 that privacy by client is planned for" in reason for reason in reasons
+    )
 
 
 def test_every_client_trains_and_is_scored_on_all_of_its_own(llama: str, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_a_run_by_record_is_in_every_ledger_and_within_its_epsilon(llama: str, w
         "unit": "record",
         "epsilon": 20.0,
         "delta": None,
-        "accountant": "prv",
+        "accountant": None,
         "clients": dict.fromkeys(run.client_names, 3),
     }
     assert all(state.isfinite().all() for state in final_state(tmp_path).values())
@@ -150,6 +150,53 @@ def test_a_resumed_run_asks_again_and_pays_nothing_twice(llama: str, words: str,
     assert paid == dict.fromkeys(run.client_names, 2)  # the third had paid as well when the server died
     for name in run.client_names:
         assert [entry.round for entry in entries(tmp_path / "run", name)] == [1, 2, 3, 3]
+
+
+def test_a_run_whose_budget_is_spent_can_still_be_resumed(llama: str, words: str, tmp_path: Path) -> None:
+    """The server dies when all is paid for but not all has arrived; then once more when the run is over."""
+
+    class Died(Exception):
+        pass
+
+    run = config(llama, words)
+
+    def die(kind: str, client: int, reply: Message) -> list[Message]:
+        if kind == PERSONALISE and client == 2 and not (tmp_path / "died").exists():
+            (tmp_path / "died").touch()
+            raise Died
+        return [reply]
+
+    with pytest.raises(Died):
+        federate(run, tmp_path / "run", grid=twisted(run, tmp_path / "run", die))
+    paid = {name: entries(tmp_path / "run", name) for name in run.client_names}
+    assert all(len(found) == 4 for found in paid.values())
+    for _ in range(2):
+        federate(run, tmp_path / "run", resume=True)
+        assert len(personal_states(tmp_path / "run")) == 3 and not events(tmp_path / "run", "refused")
+    assert paid == {name: entries(tmp_path / "run", name) for name in run.client_names}
+
+
+def test_what_may_change_on_resume_is_not_in_the_question(llama: str, words: str, tmp_path: Path) -> None:
+    """More strikes, other threads: the round that was lost is not paid again."""
+
+    class Died(Exception):
+        pass
+
+    run = config(llama, words, {"rounds": 1})
+
+    def die(kind: str, client: int, reply: Message) -> list[Message]:
+        if kind == TRAIN and client == 2 and not (tmp_path / "died").exists():
+            (tmp_path / "died").touch()
+            raise Died
+        return [reply]
+
+    with pytest.raises(Died):
+        federate(run, tmp_path / "run", grid=twisted(run, tmp_path / "run", die))
+    content = json.loads(run.to_json())
+    content["federation"]["strikes"], content["federation"]["round_seconds"] = 9, 77.0
+    federate(config_of(content), tmp_path / "run", resume=True)
+    for name in run.client_names:
+        assert [entry.what for entry in entries(tmp_path / "run", name)] == [TRAIN, PERSONALISE]
 
 
 def test_a_client_stops_before_its_budget_is_crossed_and_the_run_goes_on(llama: str, words: str, tmp_path: Path) -> None:
@@ -254,7 +301,10 @@ def test_by_client_a_fraction_is_a_poisson_sample_that_no_seed_tells(llama: str,
         federate(run, tmp_path / name)
         counts.append([entry["clients"] for entry in read_json(tmp_path / name / "summary.json")["history"]])
     assert counts[0] != counts[1] and len(set(counts[0])) > 1
-    assert {entry.sample_rate for entry in entries(tmp_path / "a")} == {0.5}
+    for client in ("client-0", "client-1", "client-2"):  # in the rounds that drew it and in those that did not
+        found = entries(tmp_path / "a", client)
+        assert {entry.sample_rate for entry in found} == {0.5} and sum(entry.steps for entry in found) == rounds
+        assert [entry.round for entry in found] == sorted({entry.round for entry in found})
 
 
 def test_the_fingerprint_of_data_is_one_of_a_set(llama: str, words: str) -> None:

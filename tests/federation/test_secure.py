@@ -1,5 +1,6 @@
 """Whole federations under a secure sum: the plain result within its bound, whoever drops out, and nothing else for the server."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from fedsb.errors import ConfigError, FederationError
 from fedsb.store.ledger import NAME, Ledger
 from strategies.records import ARRAYS, EVALUATE, METRICS, PERSONALISE, PREPARE, TRAIN
 from strategies.sums import ADVERTISE, PAYLOAD, REVEAL, SHARE, fixed_point_of
-from tests.federation.tiny import config_of, events, federate, final_state, personal_states, table
-from tests.federation.twisted import failure, twisted
+from tests.federation.tiny import config_of, events, federate, final_state, local_grid, personal_states, table
+from tests.federation.twisted import Twisted, failure, twisted
 
 CLIENTS = 5
 STAGES = [ADVERTISE, SHARE, TRAIN, REVEAL]
@@ -132,6 +133,37 @@ def test_a_client_whose_process_is_new_is_left_out_of_that_round_alone(llama: st
     assert "client-1 has no secrets for the secure sum of round 1: its process is a new one" in reason
 
 
+def test_a_client_that_is_told_another_number_of_members_stops(llama: str, words: str, tmp_path: Path) -> None:
+    """With more of them its part of the noise would be smaller."""
+    run = config(llama, words, {"rounds": 1}, unit="client", noise_multiplier=1.0)
+
+    class Lying(Twisted):
+        def push_messages(self, messages: Iterable[Message]) -> list[str]:
+            outgoing = list(messages)
+            for message in outgoing:
+                if message.metadata.message_type == TRAIN and message.metadata.dst_node_id == 3:
+                    message.content["config"]["members"] = 500
+            return super().push_messages(outgoing)
+
+    grid = twisted(run, tmp_path, lambda *args: [args[2]])
+    grid.__class__ = Lying
+    federate(run, tmp_path, grid=grid)
+    (reason,) = [event["reason"] for event in events(tmp_path, "refused")]
+    assert "client-1 was told 500 members where its secrets are for another number" in reason
+    assert not Ledger(tmp_path / "sites" / "client-1" / NAME, "client-1").entries()[:-1]  # only the round it was not heard in
+    assert events(tmp_path, "secure-sum")[0]["summed"] == 4
+
+
+def test_a_site_that_wants_secure_sums_alone_keeps_its_personal_core(llama: str, words: str, tmp_path: Path) -> None:
+    """Also where noise by record would let it go: how much noise there is says the server's configuration."""
+    run = config(llama, words, {"rounds": 1}, unit="record", noise_multiplier=1e-6)
+    grid = local_grid(run, tmp_path)
+    (tmp_path / "policy.toml").write_text("secure_sum_only = true\n")
+    next(iter(grid._contexts.values())).node_config["policy"] = str(tmp_path / "policy.toml")
+    federate(run, tmp_path / "run", grid=grid)
+    assert set(personal_states(tmp_path / "run")) == {f"client-{i}" for i in range(1, 5)}
+
+
 def test_what_is_no_answer_to_a_stage_is_refused_and_named(llama: str, words: str, tmp_path: Path) -> None:
     run = config(llama, words, {"rounds": 1})
 
@@ -157,11 +189,11 @@ def test_private_by_record_and_summed_in_secret(llama: str, words: str, tmp_path
 
 
 def test_private_by_client_with_noise_that_the_clients_add(llama: str, words: str, tmp_path: Path) -> None:
-    """Each its part, so that those of the threshold's four give the whole: five add a fourth more variance."""
+    """Each its part, so that three of the threshold's four give the whole: five add two thirds more variance."""
     run = config(llama, words, {"rounds": 1}, unit="client", noise_multiplier=40.0, clip_norm=0.5)
     federate(run, tmp_path)
     numbers = torch.cat([tensor.flatten() for tensor in final_state(tmp_path).values()])
-    assert float(numbers.std()) == pytest.approx(40.0 * 0.5 / 5 * (5 / 4) ** 0.5, rel=0.2)
+    assert float(numbers.std()) == pytest.approx(40.0 * 0.5 / 5 * (5 / 3) ** 0.5, rel=0.1)
     assert personal_states(tmp_path) == {}
 
 

@@ -67,6 +67,22 @@ def test_settings_that_contradict_each_other_are_refused(privacy: dict[str, obje
         config(**privacy)
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (
+            {"tasks": [{"name": n, "source": s} for n, s in (("a", "jsonl:/d/x"), ("b", "jsonl:/d/./x"))]},
+            "may not have one source",
+        ),
+        ({"partition": "own", "tasks": [{"name": "a", "source": "jsonl:/d/{client}", "train": 5}]}, "take no `train`"),
+    ],
+)
+def test_data_in_which_a_record_counts_more_than_once_are_refused(data: dict[str, object], said: str) -> None:
+    private = {"unit": "record", "epsilon": 1.0}
+    with pytest.raises(ConfigError, match=said):
+        config_of(table("model", "gym:x", privacy=private, federation={"weighting": "uniform"}, data=data))
+
+
 def test_weights_and_oversampling_that_tell_of_private_things_are_refused() -> None:
     private = {"unit": "client", "epsilon": 1.0}
     with pytest.raises(ConfigError, match='needs federation.weighting = "uniform"'):

@@ -98,7 +98,7 @@ def test_each_row_is_clipped_over_all_layers_together(one: Sketcher) -> None:
     norms = [float(sketch.norm()) for sketch in exact]
     bound = sorted(norms)[2]
     found = one.clipped(drawn, bound)
-    assert (found.bound, found.count) == (bound, 6)
+    assert found.bound == bound
     expected = sum(sketch * min(1.0, bound / norm) for sketch, norm in zip(exact, norms, strict=True))
     assert isinstance(expected, Tensor)
     assert _apart(found.vector, expected) < 1e-5
@@ -117,7 +117,6 @@ def test_one_row_more_moves_the_sum_by_the_bound_at_the_most(one: Sketcher, boun
 
 def test_no_rows_give_zeros(one: Sketcher) -> None:
     nothing = one.clipped([], 1.0)
-    assert nothing.count == 0
     for vector in (nothing.vector, one.summed([])):
         assert torch.equal(vector, torch.zeros(one.plan.size))
 
@@ -130,7 +129,6 @@ def test_a_row_whose_gradient_is_not_finite_counts_as_zero_and_spoils_no_other()
     one.model.get_input_embeddings().weight.data[60] = float("nan")
     assert not one.summed([*good, bad]).isfinite().all()
     with_bad, without = one.clipped([*good, bad], 1.0, 4), one.clipped(good, 1.0, 4)
-    assert (with_bad.count, without.count) == (4, 3)
     assert _apart(with_bad.vector, without.vector) < 1e-6
 
 
