@@ -97,6 +97,8 @@ def sketch(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
     order = Order.of(content)
     session = open_session(order.run)
     site = site_of(node, session.config)
+    if session.config.privacy.secure_sum:
+        secure.ready(content, session, site)  # before anything is paid for
     if session.config.privacy.unit == "none":
         vector = session.sketch(site)
     else:
@@ -104,7 +106,8 @@ def sketch(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
         work = session.sketch_private if session.config.privacy.unit == "record" else session.sketch_clipped
         vector = budget.release(SKETCH, content, 1, partial(work, site), sketch_mechanism(session.config, budget.units))
     identity = Identity(site.name, order.round, "", session.layout.fingerprint, model=session.model_sha256)
-    return reply_content(identity, {}, pack_state(vector, "fp32"))
+    summed = session.config.privacy.secure_sum
+    return reply_content(identity, {}, secure.mask(content, session, site, vector) if summed else pack_state(vector, "fp32"))
 
 
 def train(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
@@ -162,9 +165,14 @@ def evaluate(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
 def secure_stage(
     stage: Callable[[RecordDict, Session, Site], ArrayRecord], content: RecordDict, node: Node, policy: Policy
 ) -> RecordDict:
-    """One stage of the secure sum of a round."""
-    order, session, site = _opened(content, node)
-    reply = reply_content(_identity(order, session, site), {})
+    """One stage of the secure sum of a round, or of sketches, which come before there is a basis."""
+    order = Order.of(content)
+    session = open_session(order.run)
+    site = site_of(node, session.config)
+    if order.round:
+        session.require(site, order.basis)
+    identity = Identity(site.name, order.round, order.basis, session.layout.fingerprint, model=session.model_sha256)
+    reply = reply_content(identity, {})
     reply[SECRETS] = stage(content, session, site)
     return reply
 

@@ -85,17 +85,23 @@ class Budget:
                 "site's policy, so that both count together"
             )
         own = self.own(entries)
-        for limit, before, at, name in (
-            (self.config.privacy.epsilon, own, delta_of(self.config, self.units), "privacy.epsilon of this run"),
-            (self.policy.max_epsilon, entries, min(self.policy.at_delta, 1 / self.records), "max_epsilon of the site's policy"),
+        for limit, before, at, accountant, name in (
+            (self.config.privacy.epsilon, own, delta_of(self.config, self.units), "best", "privacy.epsilon of this run"),
+            (
+                self.policy.max_epsilon,
+                entries,
+                min(self.policy.at_delta, 1 / self.records),
+                "rdp",  # which holds too where what is asked depends on what was answered, over runs that nobody planned together
+                "max_epsilon of the site's policy",
+            ),
         ):
             if limit is None:
                 continue
-            planned = [*before, self._entry(mechanism or self.mechanism, steps)]
-            if spent(planned, at).best > limit:
+            planned = getattr(spent([*before, self._entry(mechanism or self.mechanism, steps)], at), accountant)
+            if planned > limit:
                 raise BudgetError(
-                    f"{self.site.name}: {steps} more steps would spend ε = {spent(planned, at).best:.3f} at δ = {at:.1e} where "
-                    f"{name} = {limit}, and {spent(before, at).best:.3f} is spent; nothing is released"
+                    f"{self.site.name}: {steps} more steps would spend ε = {planned:.3f} at δ = {at:.1e} where "
+                    f"{name} = {limit}, and {getattr(spent(before, at), accountant):.3f} is spent; nothing is released"
                 )
 
     def release(

@@ -13,6 +13,8 @@ from fedsb.errors import SecureSumError
 from fedsb.privacy.clipping import clip
 from fedsb.privacy.member import Member
 from fedsb.privacy.noise import KeyStream, add_noise
+from fedsb.privacy.roster import Context
+from fedsb.training.start import sketch_plan
 from strategies.records import Order
 from strategies.sums import context_of, fixed_point_of, noise_share, pack_payload, unpack_payload
 
@@ -21,9 +23,7 @@ _members: dict[tuple[str, str], Member] = {}  # (site's folder and name, run's d
 
 def advertise(content: RecordDict, session: Session, site: Site) -> ArrayRecord:
     """New secrets for a round, and their public keys."""
-    order = Order.of(content)
-    context = context_of(session.config, order.basis, order.round, session.layout.size, order.members)
-    member = _members[_key(session, site)] = Member(site.name, context)
+    member = _members[_key(session, site)] = Member(site.name, _context(content, session))
     return pack_payload(member.advertise())
 
 
@@ -35,17 +35,19 @@ def share(content: RecordDict, session: Session, site: Site) -> ArrayRecord:
 def ready(content: RecordDict, session: Session, site: Site) -> None:
     """Raise SecureSumError if this process has no part in the round's secure sum, or was told another number of members."""
     order, member = Order.of(content), _member(content, session, site)
-    if member.context != context_of(session.config, order.basis, order.round, session.layout.size, order.members):
+    if member.context != _context(content, session):
         raise SecureSumError(f"{site.name} was told {order.members} members where its secrets are for another number; start anew")
 
 
 def mask(content: RecordDict, session: Session, site: Site, update: Tensor) -> ArrayRecord:
-    """The masked update (size,); with privacy by client, its part of the noise is in it."""
-    order = Order.of(content)
-    if session.config.privacy.unit == "client":
-        update = clip(update, session.config.privacy.clip_norm).vector  # nobody else can: the server sees no single one
+    """The masked update or sketch (size,); with privacy by client, its part of the noise is in it."""
+    order, privacy = Order.of(content), session.config.privacy
+    if privacy.unit == "client" or (privacy.unit == "none" and not order.round):
+        update = clip(update, privacy.clip_norm).vector  # nobody else can: the server sees no single one
     fixed = fixed_point_of(session.config, order.round, order.members)
-    noisy = add_noise(update, noise_share(session.config, order.members), KeyStream()).clamp(-fixed.bound, fixed.bound)
+    noisy = add_noise(update, noise_share(session.config, order.round, order.members), KeyStream()).clamp(
+        -fixed.bound, fixed.bound
+    )
     words = fixed.encode(noisy.to(torch.float32).numpy())
     return pack_payload(_member(content, session, site).mask(unpack_payload(content), words))
 
@@ -53,6 +55,12 @@ def mask(content: RecordDict, session: Session, site: Site, update: Tensor) -> A
 def reveal(content: RecordDict, session: Session, site: Site) -> ArrayRecord:
     """The shares by which the server takes the masks off the sum."""
     return pack_payload(_member(content, session, site).reveal(unpack_payload(content)))
+
+
+def _context(content: RecordDict, session: Session) -> Context:
+    order = Order.of(content)
+    size = session.layout.size if order.round else sketch_plan(session.config, session.model).size
+    return context_of(session.config, order.basis, order.round, size, order.members)
 
 
 def _member(content: RecordDict, session: Session, site: Site) -> Member:

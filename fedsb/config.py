@@ -110,8 +110,6 @@ class RunConfig(Section):
             raise ValueError("with privacy two of data.tasks may not have one source: each record would be in the data twice")
         if privacy.unit != "none" and self.data.partition == "own" and any(task.train for task in self.data.tasks):
             raise ValueError("with privacy data.tasks of a site's own take no `train`: which rows it draws depends on all")
-        if self.basis.source == "sketch" and privacy.secure_sum:
-            raise ValueError('basis.source = "sketch" is not summed in secret yet; choose another basis, or secure_sum = false')
         if self.basis.source == "sketch" and privacy.unit != "none" and privacy.epsilon is None:
             raise ValueError('basis.source = "sketch" with privacy needs privacy.epsilon, of which it takes its share; set it')
         if privacy.secure_sum and (federation.weighting != "uniform" or federation.over_sample > 1):

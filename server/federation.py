@@ -27,7 +27,7 @@ from fedsb.store.basis_files import load_basis, save_basis
 from fedsb.store.files import read_events
 from fedsb.training.loop import personal_plan
 from fedsb.training.start import build_basis, can_rebuild, needs_weights, sketch_plan
-from server.sketching import basis_from_clients
+from server.sketching import Sketching
 from strategies.fedsb import FedSB
 from strategies.records import (
     KEPT,
@@ -86,7 +86,7 @@ class Federation:
             basis = load_basis(self.folder, stored[0].stem)
         elif self.config.basis.source == "sketch":
             plan = sketch_plan(self.config, self._model(with_weights=False))
-            basis, moved = basis_from_clients(self.config, self.grid, plan, self._check_who, self.journal.tell)
+            basis, moved = Sketching(self.config, self.grid, plan, self._check_who, self.journal.tell).basis()
             self.traffic.add(moved)
             save_basis(self.folder, basis)
         else:

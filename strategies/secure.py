@@ -7,7 +7,8 @@ Flower's messages. The mathematics is `fedsb/privacy/secure_sum.py`; docs/privac
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -16,85 +17,149 @@ from flwr.serverapp import Grid
 from fedsb.aggregation.checks import check_weight
 from fedsb.aggregation.mean import Mean
 from fedsb.errors import FederationError, ReplyError, SecureSumError
+from fedsb.privacy.fixed_point import Words
+from fedsb.privacy.roster import Context
 from fedsb.privacy.secure_sum import SecureSum
 from fedsb.training.loop import round_plan
 from strategies.fedsb import FedSB
-from strategies.records import ARRAYS, LOSS, TRAIN, order_message, pack_state
+from strategies.records import ARRAYS, LOSS, TRAIN, Order, order_message, pack_state
 from strategies.rounds import Exchange
 from strategies.sums import ADVERTISE, REVEAL, SECRETS, SHARE, context_of, fixed_point_of, pack_payload, unpack_payload
 
 NUMBERS_A_MEMBER = 32  # fp32 numbers' worth of bytes that a client says of each other member at the most
 
 
+@dataclass
+class Summing:
+    """The stages of one secure sum, as exchanges of messages. A client that fails at any of them counts as one that did not
+    answer.
+
+    Attributes:
+        exchange: makes an exchange of messages; it keeps count of what that moves.
+        order: what goes with each question.
+        context: what the sum is for.
+        accepted: (replies, how many numbers each may have) → those that count, with their clients' names.
+        refuse: (client, why) is called for all others.
+        silent: called with the nodes that did not answer.
+    """
+
+    exchange: Callable[[], Exchange]
+    order: Order
+    context: Context
+    accepted: Callable[[Iterable[Message], int], Iterator[tuple[str, Message]]]
+    refuse: Callable[[str, ReplyError], None]
+    silent: Callable[[list[int]], None]
+    nodes: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Begin the sum."""
+        self.sum = SecureSum(self.context)
+
+    def begin(self, nodes: Iterable[int]) -> dict[int, ArrayRecord]:
+        """Exchange keys and shares: node → what goes along, as `SECRETS`, with the question that a masked vector answers.
+
+        Raises FederationError if too few take part.
+        """
+        self._ask(ADVERTISE, dict.fromkeys(nodes, b""), self.sum.advertise)
+        self._ask(SHARE, self._ended(self.sum.roster), self.sum.share)
+        return {node: pack_payload(shares) for node, shares in self._ended(self.sum.shares).items()}
+
+    def add(self, client: str, reply: Message) -> None:
+        """Count a client's masked vector. Raises ReplyError if it must not be counted."""
+        try:
+            self.sum.add(client, unpack_payload(reply.content, ARRAYS))
+        except SecureSumError as error:
+            raise ReplyError(str(error)) from error
+
+    def total(self) -> Words:
+        """Ask the survivors what takes the masks off, and take them off. Raises FederationError if too few answer."""
+        self._ask(REVEAL, self._ended(self.sum.survivors), self.sum.reveal)
+        try:
+            return self.sum.total()
+        except SecureSumError as error:
+            raise FederationError(f"{self._place}: {error}; --resume tries again") from error
+
+    def _ask(self, kind: str, payloads: Mapping[int, bytes], take: Callable[[str, bytes], None]) -> None:
+        """One stage: to each client its payload, and what it answers to `take`. Who fails takes no further part."""
+        messages = []
+        for node, payload in payloads.items():
+            message = order_message(node, kind, self.order)
+            message.content[SECRETS] = pack_payload(payload)
+            messages.append(message)
+        exchange = self.exchange()
+        for client, reply in self.accepted(exchange(messages), NUMBERS_A_MEMBER * self.order.members):
+            self.nodes[client] = reply.metadata.src_node_id
+            try:
+                take(client, unpack_payload(reply.content))
+            except (ReplyError, SecureSumError) as error:
+                self.refuse(client, ReplyError(str(error)))
+        self.silent(exchange.silent)
+
+    def _ended(self, end: Callable[[], dict[str, bytes]]) -> dict[int, bytes]:
+        """What goes out next, by node. Raises FederationError if too few are left."""
+        try:
+            return {self.nodes[name]: payload for name, payload in end().items()}
+        except SecureSumError as error:
+            raise FederationError(f"{self._place}: {error}; events.jsonl names who failed, --resume tries again") from error
+
+    @property
+    def _place(self) -> str:
+        return f"round {self.order.round}" if self.order.round else "the sum of sketches"
+
+
 class SecureFedSB(FedSB):
-    """`FedSB` whose mean is that of a secure sum. A client that fails at any stage counts as one that did not answer."""
+    """`FedSB` whose mean is that of a secure sum."""
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Draw clients, exchange keys and shares with them, and ask those who took part to train."""
         nodes, self.wanted = self.sample(server_round)
         self.expect(arrays, round_plan(self.config, server_round), "fp32")
-        self.grid, self.round, self.members, self.exchanges = grid, server_round, len(nodes), []
-        self.sum = SecureSum(context_of(self.config, self.basis, server_round, self.layout.size, len(nodes)))
-        names = {self.roster[node]: node for node in nodes}
-        self._ask(ADVERTISE, dict.fromkeys(names, b""), self.sum.advertise)
-        self._ask(SHARE, self._ended(self.sum.roster), self.sum.share)
-        shares, order = self._ended(self.sum.shares), self.order(server_round, members=self.members)
+        self.exchanges = []
+
+        def exchange() -> Exchange:
+            self.exchanges.append(Exchange(grid, self.config.federation.round_seconds))
+            return self.exchanges[-1]
+
+        def silent(gone: list[int]) -> None:
+            for node in gone:
+                self.tell("silent", round=server_round, client=self.roster.get(node, f"node {node}"))
+
+        order = self.order(server_round, members=len(nodes))
+        self.summing = Summing(
+            exchange,
+            order,
+            context_of(self.config, self.basis, server_round, self.layout.size, len(nodes)),
+            lambda replies, numbers: self.accepted(server_round, replies, numbers),
+            lambda client, error: self.refuse(server_round, client, error),
+            silent,
+        )
         messages = []
-        for name, share in shares.items():
-            message = order_message(names[name], TRAIN, order, arrays)
-            message.content[SECRETS] = pack_payload(share)
+        for node, shares in self.summing.begin(nodes).items():
+            message = order_message(node, TRAIN, order, arrays)
+            message.content[SECRETS] = shares
             messages.append(message)
         return messages
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Add up the masked updates, take the masks away, and move the global core by their mean."""
-        losses, count = Mean(1), 0
+        losses, count, members = Mean(1), 0, self.summing.order.members
         for client, reply in self.accepted(server_round, replies, self.layout.size):
             try:
                 examples, loss, seconds = self.told(reply)
                 check_weight(examples)
-                self.sum.add(client, unpack_payload(reply.content, ARRAYS))
-            except (ReplyError, SecureSumError) as error:
-                self.refuse(server_round, client, ReplyError(str(error)))
+                self.summing.add(client, reply)
+            except ReplyError as error:
+                self.refuse(server_round, client, error)
                 continue
             count += 1
             losses.add(torch.tensor([loss]), 1.0)
             told = {} if self.private else {"examples": examples, "loss": loss, "seconds": seconds}
             self.tell("reply", round=server_round, client=client, **told)
-        if count < max(self.sum.context.threshold, self.config.federation.min_clients):
+        if count < max(self.summing.context.threshold, self.config.federation.min_clients):
             return None, None
-        self._ask(REVEAL, self._ended(self.sum.survivors), self.sum.reveal)
-        fixed = fixed_point_of(self.config, server_round, self.members)
-        try:
-            total = fixed.decode(self.sum.total(), count)
-        except SecureSumError as error:
-            raise FederationError(f"round {server_round}: {error}; --resume tries the round again") from error
+        fixed = fixed_point_of(self.config, server_round, members)
+        total = fixed.decode(self.summing.total(), count)
         divisor = self.config.federation.clients if self.config.privacy.unit == "client" else count
         record = pack_state(self.sent + torch.from_numpy(total / divisor).float(), self.config.federation.wire_dtype)
-        self.tell("secure-sum", round=server_round, asked=self.members, summed=count, error=fixed.mean_error)
+        self.tell("secure-sum", round=server_round, asked=members, summed=count, error=fixed.mean_error)
         return record, MetricRecord({LOSS: float(losses.result()), "aggregation-error": math.nan, "clients": count})
-
-    def _ask(self, kind: str, payloads: Mapping[str, bytes], take: Callable[[str, bytes], None]) -> None:
-        """One stage: to each client its payload, and what it answers to `take`. Who fails is named, and takes no further part."""
-        nodes = {name: node for node, name in self.roster.items()}
-        order, messages = self.order(self.round, members=self.members), []
-        for name in payloads.keys() & nodes.keys():
-            message = order_message(nodes[name], kind, order)
-            message.content[SECRETS] = pack_payload(payloads[name])
-            messages.append(message)
-        exchange = Exchange(self.grid, self.config.federation.round_seconds)
-        self.exchanges.append(exchange)
-        for client, reply in self.accepted(self.round, exchange(messages), NUMBERS_A_MEMBER * self.members):
-            try:
-                take(client, unpack_payload(reply.content))
-            except (ReplyError, SecureSumError) as error:
-                self.refuse(self.round, client, ReplyError(str(error)))
-        for node in exchange.silent:
-            self.tell("silent", round=self.round, client=self.roster.get(node, f"node {node}"))
-
-    def _ended(self, end: Callable[[], dict[str, bytes]]) -> dict[str, bytes]:
-        """What goes out next. Raises FederationError if too few are left."""
-        try:
-            return end()
-        except SecureSumError as error:
-            raise FederationError(f"round {self.round}: {error}; events.jsonl names who failed, --resume tries again") from error

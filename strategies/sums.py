@@ -11,7 +11,7 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from fedsb.config import RunConfig
 from fedsb.errors import FederationError, ReplyError
 from fedsb.privacy.fixed_point import FixedPoint
-from fedsb.privacy.mechanism import mechanism_of
+from fedsb.privacy.mechanism import mechanism_of, sketch_mechanism
 from fedsb.privacy.roster import Context, two_thirds
 from fedsb.training.loop import largest_update, round_plan
 
@@ -26,7 +26,7 @@ def context_of(config: RunConfig, basis: str, server_round: int, size: int, memb
     """What one round's secure sum is bound to, `members` clients being asked.
 
     The threshold is ⌊2n/3⌋ + 1: with less, a server that tells clients different lists of survivors learns more than it
-    should. Raises FederationError for fewer than three clients.
+    should. Round 0 is the sum of sketches. Raises FederationError for fewer than three clients.
     """
     if members < LEAST:
         raise FederationError(
@@ -36,24 +36,25 @@ def context_of(config: RunConfig, basis: str, server_round: int, size: int, memb
     return Context(f"{config.digest()} {basis}", server_round, size, two_thirds(members))
 
 
-def noise_share(config: RunConfig, members: int) -> float:
-    """Standard deviation of the noise that each client adds for itself, with privacy by client; else 0.
+def noise_share(config: RunConfig, server_round: int, members: int) -> float:
+    """Standard deviation of the noise that each client adds for itself, with privacy by client; else 0. Round 0: to its sketch.
 
     So that the parts of the others, when `threshold` clients stay, the fewest that a sum can have, add up to the whole: a client
     knows its own part, and takes it off. σ·C/√(threshold - 1).
     """
     if config.privacy.unit != "client":
         return 0.0
-    mechanism = mechanism_of(config, config.federation.clients)
+    mechanism = (mechanism_of if server_round else sketch_mechanism)(config, config.federation.clients)
     return mechanism.noise_multiplier * mechanism.clip_norm / math.sqrt(two_thirds(members) - 1)
 
 
 def fixed_point_of(config: RunConfig, server_round: int, members: int) -> FixedPoint:
     """How updates become whole numbers: bounded by how far the round's steps can move a number, and by the clip norm if
-    there is one, with room for the noise that a client adds."""
-    bound = max(largest_update(round_plan(config, server_round))) * ROUNDING
+    there is one, with room for the noise that a client adds. Round 0: sketches, which are always clipped."""
+    clip_norm = config.privacy.clip_norm
+    bound = max(largest_update(round_plan(config, server_round))) * ROUNDING if server_round else clip_norm
     if config.privacy.unit == "client":
-        bound = min(bound, config.privacy.clip_norm) + TAIL * noise_share(config, members)
+        bound = min(bound, clip_norm) + TAIL * noise_share(config, server_round, members)
     return FixedPoint(members, bound)
 
 

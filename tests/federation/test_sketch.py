@@ -3,18 +3,23 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Message
 
 from clients.session import Session, Site
+from fedsb.basis.frames import Basis
 from fedsb.basis.sketch import sketched_basis
 from fedsb.config import RunConfig
 from fedsb.errors import ConfigError, FederationError
 from fedsb.privacy.accounting import epsilon
+from fedsb.privacy.clipping import clip
+from fedsb.privacy.mechanism import sketch_mechanism
 from fedsb.store.basis_files import load_basis
 from fedsb.store.ledger import NAME, Entry, Ledger, spent
-from strategies.records import ARRAYS, METRICS, SKETCH, unpack_state
+from strategies.records import ARRAYS, METRICS, SKETCH, pack_state, unpack_state
+from strategies.sums import ADVERTISE, PAYLOAD, REVEAL, SHARE, noise_share
 from tests.federation.tiny import classification, config_of, events, federate, final_state, table
 from tests.federation.twisted import failure, twisted
 
@@ -42,19 +47,27 @@ def sketches(run: RunConfig, out: Path) -> dict[int, torch.Tensor]:
     return seen
 
 
+def basis_of(out: Path) -> Basis:
+    """The basis of a run that is done."""
+    (stored,) = (out / "basis").glob("*.safetensors")
+    return load_basis(out, stored.stem)
+
+
+def overlap(one: Basis, other: Basis) -> float:
+    """The least cosine between the spaces of two bases, over all layers; 1 for the same."""
+    cosines = [torch.linalg.svdvals(one.B[name].float().T @ other.B[name].float()).min() for name in one.B]
+    return float(torch.stack(cosines).min())
+
+
 def test_the_basis_is_that_of_the_pooled_gradient(llama: str, words: str, tmp_path: Path) -> None:
-    """Clients of equal size: the mean of their sketches is the sketch of all examples together."""
-    run = config(llama, words)
+    """Clients of equal size, none clipped: the mean of their sketches is the sketch of all examples together."""
+    run = config(llama, words, {"clip_norm": 1e3})
     federate(run, tmp_path)
-    (stored,) = (tmp_path / "basis").glob("*.safetensors")
-    found = load_basis(tmp_path, stored.stem)
+    found = basis_of(tmp_path)
     session = Session(run)
     rows = [row for i, name in enumerate(run.client_names) for row in session.rows(Site(name, i, tmp_path), "train")]
     sketcher = session.sketcher()
-    expected = sketched_basis(sketcher.plan, sketcher.summed(rows))
-    for name in expected.B:
-        overlap = torch.linalg.svdvals(expected.B[name].T @ found.B[name].float())
-        assert overlap.min() > 0.99
+    assert overlap(sketched_basis(sketcher.plan, sketcher.summed(rows)), found) > 0.99
     assert len(events(tmp_path, "sketched")) == 3
 
 
@@ -116,9 +129,8 @@ def test_by_client_each_is_clipped_and_the_server_adds_noise(llama: str, words: 
     run = config(llama, words, {"unit": "client", "epsilon": 8.0, "clip_norm": 0.25})
     seen = sketches(run, tmp_path)
     assert all(float(sketch.norm()) <= 0.25 for sketch in seen.values()) and len(seen) == 3
-    (stored,) = (tmp_path / "basis").glob("*.safetensors")
     plan = Session(run).sketcher().plan
-    exact, found = sketched_basis(plan, sum(seen.values(), torch.zeros(plan.size))), load_basis(tmp_path, stored.stem)
+    exact, found = sketched_basis(plan, sum(seen.values(), torch.zeros(plan.size))), basis_of(tmp_path)
     assert all(torch.linalg.svdvals(exact.B[name].T @ found.B[name].float()).min() < 0.9 for name in exact.B)
     first = entries(tmp_path)[0]
     assert (first.what, first.unit) == (SKETCH, "client")
@@ -142,7 +154,7 @@ def test_a_sketch_that_must_not_count_is_refused_and_named(llama: str, words: st
 
 def test_without_enough_sketches_the_run_ends_with_a_sentence(llama: str, words: str, tmp_path: Path) -> None:
     run = config(llama, words)
-    with pytest.raises(FederationError, match="0 clients sent a sketch where federation.min_clients = 1 are needed"):
+    with pytest.raises(FederationError, match="0 clients sent a sketch where 1 are needed"):
         federate(
             run, tmp_path, grid=twisted(run, tmp_path, lambda kind, _, reply: [failure(reply)] if kind == SKETCH else [reply])
         )
@@ -151,10 +163,119 @@ def test_without_enough_sketches_the_run_ends_with_a_sentence(llama: str, words:
 @pytest.mark.parametrize(
     ("privacy", "said"),
     [
-        ({"secure_sum": True}, "is not summed in secret yet"),
         ({"unit": "record", "noise_multiplier": 1.0}, "needs privacy.epsilon, of which it takes its share"),
     ],
 )
 def test_what_it_cannot_be_combined_with_is_refused(privacy: dict[str, Any], said: str, llama: str, words: str) -> None:
     with pytest.raises(ConfigError, match=said):
         config(llama, words, privacy)
+
+
+def test_one_client_counts_for_no_more_than_the_clip_norm(llama: str, words: str, tmp_path: Path) -> None:
+    """Also without privacy, and also if it does not clip by itself."""
+    run, sent = config(llama, words, {"clip_norm": 0.5}), {}
+
+    def shout(kind: str, client: int, reply: Message) -> list[Message]:
+        if kind == SKETCH:
+            sent[client] = unpack_state(reply.content[ARRAYS]) * (1e6 if client == 0 else 1)
+            reply.content[ARRAYS] = pack_state(sent[client], "fp32")
+        return [reply]
+
+    federate(run, tmp_path, grid=twisted(run, tmp_path, shout))
+    plan = Session(run).sketcher().plan
+    expected = sum((clip(sketch, 0.5).vector for sketch in sent.values()), torch.zeros(plan.size))
+    assert overlap(sketched_basis(plan, expected), basis_of(tmp_path)) > 0.99
+    assert overlap(sketched_basis(plan, sent[0]), basis_of(tmp_path)) < 0.9
+
+
+def secured(llama: str, words: str, **privacy: Any) -> RunConfig:
+    """Four clients under a secure sum."""
+    run = config(llama, words, {"secure_sum": True, "clip_norm": 0.5, **privacy})
+    return run.model_copy(update={"federation": run.federation.model_copy(update={"clients": 4, "rounds": 1})})
+
+
+def test_with_a_secure_sum_the_basis_is_the_plain_one_and_no_sketch_is_seen(llama: str, words: str, tmp_path: Path) -> None:
+    run, kinds = secured(llama, words), []
+    plan = Session(run).sketcher().plan
+
+    def watch(kind: str, client: int, reply: Message) -> list[Message]:
+        kinds.append(kind)
+        if kind == SKETCH:
+            assert list(reply.content[ARRAYS]) == [PAYLOAD] and dict(reply.content[METRICS]) == {}
+            words_sent = np.frombuffer(reply.content[ARRAYS][PAYLOAD].data, "<u4")
+            assert len(words_sent) == plan.size
+            bits = np.unpackbits(words_sent.view(np.uint8)).mean()
+            assert abs(bits - 0.5) < 5 * 0.5 / np.sqrt(32 * plan.size)
+        return [reply]
+
+    summary = federate(run, tmp_path / "secure", grid=twisted(run, tmp_path / "secure", watch))
+    assert kinds[:16] == [ADVERTISE] * 4 + [SHARE] * 4 + [SKETCH] * 4 + [REVEAL] * 4
+    content = run.model_dump(mode="json", exclude_none=True)
+    content["privacy"]["secure_sum"] = False
+    federate(config_of(content), tmp_path / "plain")
+    assert overlap(basis_of(tmp_path / "secure"), basis_of(tmp_path / "plain")) > 0.99
+    told = [(event["round"], event["asked"], event["summed"]) for event in events(tmp_path / "secure", "secure-sum")]
+    assert told == [(0, 4, 4), (1, 4, 4)]
+    assert summary["bytes"]["up"] > 4 * 4 * plan.size
+
+
+@pytest.mark.parametrize("stage", [ADVERTISE, SHARE, SKETCH, REVEAL])
+def test_a_client_that_is_lost_in_the_sum_of_sketches_costs_its_own_at_most(
+    stage: str, llama: str, words: str, tmp_path: Path
+) -> None:
+    run = secured(llama, words)
+
+    def lose(kind: str, client: int, reply: Message) -> list[Message]:
+        early = not events(tmp_path, "basis")
+        return [failure(reply)] if early and kind == stage and client == 3 else [reply]
+
+    federate(run, tmp_path, grid=twisted(run, tmp_path, lose))
+    first = events(tmp_path, "secure-sum")[0]
+    assert (first["round"], first["summed"]) == (0, 4 if stage == REVEAL else 3)
+    assert len(events(tmp_path, "refused")) == 1
+    session, total = Session(run), 0
+    for i in range(4 if stage == REVEAL else 3):
+        total = total + clip(session.sketch(Site(f"client-{i}", i, tmp_path)), 0.5).vector
+    assert overlap(sketched_basis(session.sketcher().plan, total), basis_of(tmp_path)) > 0.99
+
+
+def test_with_too_few_sketches_nothing_is_learned_and_the_run_ends(llama: str, words: str, tmp_path: Path) -> None:
+    run = secured(llama, words)
+
+    def lose(kind: str, client: int, reply: Message) -> list[Message]:
+        return [failure(reply)] if kind == SKETCH and client > 1 else [reply]
+
+    grid = twisted(run, tmp_path, lose)
+    with pytest.raises(FederationError, match="2 clients sent a sketch where 3 are needed"):
+        federate(run, tmp_path, grid=grid)
+    assert REVEAL not in {kind for kind, _ in grid.asked}
+    with pytest.raises(FederationError, match="the sum of sketches: 2 clients take part .* threshold is 3"):
+        federate(
+            run,
+            tmp_path / "again",
+            grid=twisted(
+                run,
+                tmp_path / "again",
+                lambda kind, client, reply: [failure(reply)] if kind == ADVERTISE and client > 1 else [reply],
+            ),
+        )
+
+
+def test_a_private_sketch_is_summed_in_secret_too(llama: str, words: str, tmp_path: Path) -> None:
+    run = secured(llama, words, unit="record", epsilon=20.0)
+    federate(run, tmp_path)
+    assert entries(tmp_path)[0].what == SKETCH and spent(entries(tmp_path), 1 / 5).best <= 20.0
+
+
+def test_by_client_the_clients_add_the_noise_of_the_sketch(llama: str, words: str, tmp_path: Path) -> None:
+    """Three of four suffice for the sum, so two parts make up the noise: whoever knows its own takes it off."""
+    run = secured(llama, words, unit="client", epsilon=8.0)
+    mechanism = sketch_mechanism(run, 4)
+    assert noise_share(run, 0, 4) == pytest.approx(mechanism.noise_multiplier * 0.5 / 2**0.5)
+    assert noise_share(run, 0, 4) != noise_share(run, 1, 4)
+    federate(run, tmp_path)
+    assert [entry.what for entry in entries(tmp_path)] == [SKETCH, "train"]
+    session, exact = Session(run), 0
+    for i in range(4):
+        exact = exact + clip(session.sketch(Site(f"client-{i}", i, tmp_path)), 0.5).vector
+    assert overlap(sketched_basis(session.sketcher().plan, exact), basis_of(tmp_path)) < 0.9
