@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedsb.adapters.attach import attach, initial_state, layout_of
-from fedsb.adapters.state import get_state, parameters_of, set_state
-from fedsb.adapters.tuner import adapted_layers, set_basis
+from fedsb.adapters.attach import attach, give_basis, initial_state, layout_of
+from fedsb.adapters.state import get_state, layers_of, parameters_of, set_state
 from fedsb.basis.frames import Basis
 from fedsb.config import RunConfig
 from fedsb.data.batches import Encoded, draw, encode
@@ -152,7 +151,7 @@ class Session:
     def sketcher(self) -> Sketcher:
         """What sketches the gradient that training starts from, with the base model's cores and the head of the seed."""
         set_state(self.model, initial_state(self.layout, self.config.seed))
-        layers = {name: layer.get_base_layer() for name, layer in adapted_layers(self.model).items()}
+        layers = {name: layer.get_base_layer() for name, layer in layers_of(self.model).items()}
         plan = sketch_plan(self.config, self.model)
         return Sketcher(plan, layers, self.transformer, self.config.model.kind, self.tokenizer.pad_token_id)
 
@@ -189,7 +188,7 @@ class Session:
 
     def use(self, basis: Basis) -> None:
         """Put a basis in place; cores are zero until a state is loaded."""
-        set_basis(self.model, basis)
+        give_basis(self.model, basis)
         self.basis = basis.fingerprint
 
     def _take(self, site: Site, basis: Basis) -> None:

@@ -67,6 +67,13 @@ class RunConfig(Section):
             raise ValueError("federation.over_sample has nobody more to ask where fraction = 1; lower federation.fraction")
         if (self.basis.source == "public") != (self.basis.public is not None):
             raise ValueError('basis.source = "public" and a [basis.public] section go together; set both or neither')
+        if self.adapter.method != "lora-sb" and self.basis.source != "random":
+            raise ValueError(
+                f'adapter.method = "{self.adapter.method}" has no basis for basis.source = "{self.basis.source}"; leave '
+                'basis.source out, or set adapter.method = "lora-sb"'
+            )
+        if self.adapter.method == "lora-sb" and self.adapter.alpha is not None:
+            raise ValueError('adapter.alpha scales LoRA, and adapter.method = "lora-sb" has no scale; drop it')
         if self.basis.source != "public" and (self.basis.r0 == "paper" or self.basis.sign):
             raise ValueError('basis.r0 = "paper" and basis.sign need basis.source = "public"; drop them or change the source')
         if self.data.partition == "task" and self.federation.clients < len(self.data.tasks):

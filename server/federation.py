@@ -9,7 +9,8 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 
-from fedsb.adapters.attach import attach, initial_state, layout_of
+from fedsb.adapters.attach import attach, initial_state, layout_of, scale_of, shapes_of
+from fedsb.adapters.methods import METHODS
 from fedsb.adapters.state import CORE, Layout
 from fedsb.aggregation.checks import Strikes, check_equal, check_size
 from fedsb.aggregation.error import AggregationError
@@ -26,7 +27,7 @@ from fedsb.store import adapters, checkpoint
 from fedsb.store.basis_files import load_basis, save_basis
 from fedsb.store.files import read_events
 from fedsb.training.loop import personal_plan
-from fedsb.training.start import build_basis, can_rebuild, needs_weights, sketch_plan
+from fedsb.training.start import basis_source, build_basis, can_rebuild, needs_weights, sketch_plan
 from server.sketching import Sketching
 from strategies.fedsb import FedSB
 from strategies.records import (
@@ -60,7 +61,9 @@ class Federation:
         self.config, self.grid, self.folder, self.journal, self.home = config, grid, folder, journal, home
         self.source = locate(config.model.source)
         self.labels = len(labels_of(config)) or None
-        self.layout: Layout = layout_of(self._model(with_weights=False))
+        outline = self._model(with_weights=False)
+        self.layout: Layout = layout_of(outline)
+        self.shapes = shapes_of(outline)
         self.roster: dict[int, str] = {}
         self.names: dict[int, str] = {}  # of every node that was ever in the roster
         self.pauses: dict[int, tuple[int, int]] = {}  # node → rounds until it is asked again, of so many in this pause
@@ -96,7 +99,7 @@ class Federation:
             save_basis(self.folder, basis)
         self.journal.tell(
             "basis",
-            source=self.config.basis.source,
+            source=basis_source(self.config),
             fingerprint=basis.fingerprint,
             bytes=basis.nbytes,
             sent=not can_rebuild(self.config),
@@ -149,7 +152,8 @@ class Federation:
 
     def strategy(self, basis: Basis) -> FedSB:
         """Step 2's strategy."""
-        error = AggregationError(basis, seeded(self.config.seed, "probe"))
+        method, probes = METHODS[self.config.adapter.method], seeded(self.config.seed, "probe")
+        error = AggregationError(method, basis, self.shapes, scale_of(self.config), probes)
         kind = SecureFedSB if self.config.privacy.secure_sum else FedSB
         return kind(self.config, self.layout, basis.fingerprint, self.roster, self.strikes, error, self.journal.tell)
 
@@ -231,6 +235,7 @@ class Federation:
                 method=self.config.adapter.method,
                 rank=self.config.adapter.rank,
                 basis_fingerprint=strategy.basis,
+                scale=scale_of(self.config),
                 round=rounds,
                 task=Identity.of(reply).task,
             )

@@ -9,6 +9,7 @@ from fedsb.basis.frames import Basis
 from fedsb.privacy.accounting import epsilon
 from fedsb.privacy.mechanism import basis_releases, delta_of, mechanism_of
 from fedsb.store.files import read_events
+from fedsb.training.start import basis_source
 from server.federation import Federation
 
 PACKAGES = ("fedsb", "flwr", "torch", "transformers", "peft", "safetensors")
@@ -26,7 +27,7 @@ def summarise(run: Federation, basis: Basis, evaluation: dict[str, Any], seconds
         "clients": len(run.roster),
         "rounds": config.federation.rounds,
         "trainable_parameters": run.layout.size,
-        "basis": {"source": config.basis.source, "fingerprint": basis.fingerprint, "bytes": basis.nbytes},
+        "basis": {"source": basis_source(config), "fingerprint": basis.fingerprint, "bytes": basis.nbytes},
         "bytes": {
             "basis": run.traffic.basis,
             "up": run.traffic.up,

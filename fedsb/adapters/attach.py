@@ -8,34 +8,35 @@ from peft import TaskType, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from fedsb.adapters.lora_sb import LoraSbConfig
-from fedsb.adapters.state import HEAD, Layout, State, parameters_of
-from fedsb.adapters.tuner import adapted_layers
-from fedsb.basis.spectral import seeded
+from fedsb.adapters.lora import start_of_a
+from fedsb.adapters.methods import METHODS
+from fedsb.adapters.state import HEAD, Layout, State, layers_of, parameters_of
+from fedsb.adapters.tuner import set_basis
+from fedsb.basis.frames import Basis
+from fedsb.basis.spectral import check_rank, seeded
 from fedsb.config import RunConfig
-from fedsb.errors import AdapterError
+from fedsb.errors import AdapterError, BasisError
 
 HEAD_SPREAD = 0.02  # standard deviation of a new head's weights, as transformers initialises them
 
 
 def attach(model: Any, config: RunConfig) -> Any:
-    """The PEFT model with zero frames and zero cores; `set_basis` comes next. Works on the meta device too.
+    """The PEFT model before it has a basis (`give_basis`) and a state. Works on the meta device too.
 
     Raises AdapterError if no layer matches, BasisError if the rank does not fit one.
     """
-    adapter = config.adapter
+    adapter, method = config.adapter, METHODS[config.adapter.method]
     targets = adapter.target_modules if isinstance(adapter.target_modules, str) else list(adapter.target_modules)
     task = TaskType.SEQ_CLS if config.model.kind == "classification" else TaskType.CAUSAL_LM
-    peft_config = LoraSbConfig(
-        r=adapter.rank,
-        target_modules=targets,
-        basis="later",
-        basis_dtype=config.basis.dtype,
-        seed=config.seed,
-        task_type=task,
-    )
+    told: dict[str, Any] = {"target_modules": targets, "task_type": task}
+    if set(method.frames) == {"B", "A"}:
+        told |= {"basis_dtype": config.basis.dtype, "seed": config.seed}
+    peft_config = method.config(adapter.rank, scale_of(config) * adapter.rank, told)
     try:
-        with warnings.catch_warnings():  # PEFT 0.21 asks transformers 5.23 in a way that is deprecated
+        with (
+            torch.random.fork_rng(devices=[]),
+            warnings.catch_warnings(),
+        ):  # PEFT 0.21 asks transformers 5.23 in a way that is deprecated
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             peft_model = get_peft_model(model, peft_config)
     except ValueError as error:
@@ -44,15 +45,43 @@ def attach(model: Any, config: RunConfig) -> Any:
             f"adapter.target_modules = {targets} matches no layer of {config.model.source}; "
             f"its linear layers are {', '.join(names)}"
         ) from error
-    adapted = [f".{name}" for name in adapted_layers(peft_model)]
+    layers = layers_of(peft_model)
+    check_rank(shapes_of(peft_model), adapter.rank)
+    adapted = [f".{name}" for name in layers]
     missed = [t for t in targets if not any(name.endswith(f".{t}") for name in adapted)] if isinstance(targets, list) else []
     if missed:
         raise AdapterError(
             f"adapter.target_modules: {', '.join(missed)} matches no linear layer of {config.model.source}; leave it out"
         )
+    if method.frames == ("A",):
+        for layer in layers.values():
+            layer.lora_A["default"].requires_grad_(False)
     _keep_heads_in_fp32(peft_model)
     peft_model.eval()
     return peft_model
+
+
+def scale_of(config: RunConfig) -> float:
+    """α / r: what an update of the LoRA family is scaled by. 1 unless `adapter.alpha` is set."""
+    return (config.adapter.alpha or config.adapter.rank) / config.adapter.rank
+
+
+def give_basis(model: nn.Module, basis: Basis) -> None:
+    """Put what is frozen and shared in place: B and A of LoRA-SB, A of FFA-LoRA, nothing of LoRA.
+
+    Raises BasisError if it was not made for these layers, before anything is changed.
+    """
+    layers = layers_of(model)
+    if basis.B:
+        set_basis(model, basis)
+        return
+    if basis.A and {name: tuple(a.shape) for name, a in basis.A.items()} != {
+        name: tuple(layer.lora_A["default"].weight.shape) for name, layer in layers.items()
+    }:
+        raise BasisError("this basis was made for other layers or another rank; use the one that was built for this model")
+    with torch.no_grad():
+        for name, a in basis.A.items():
+            layers[name].lora_A["default"].weight.copy_(a)
 
 
 def _keep_heads_in_fp32(model: nn.Module) -> None:
@@ -69,7 +98,7 @@ def _keep_heads_in_fp32(model: nn.Module) -> None:
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Layer name → (out, in) of every adapted layer."""
-    return {name: (layer.out_features, layer.in_features) for name, layer in adapted_layers(model).items()}
+    return {name: (layer.out_features, layer.in_features) for name, layer in layers_of(model).items()}
 
 
 def layout_of(model: nn.Module) -> Layout:
@@ -78,9 +107,13 @@ def layout_of(model: nn.Module) -> Layout:
 
 
 def initial_state(layout: Layout, seed: int) -> State:
-    """The base model as a state: zero cores, and the seeded head that everybody starts from."""
+    """The base model as a state, from which everybody starts: cores and B zero, A and the head's weights from the seed."""
     state = {}
     for name, shape in layout.shapes:
-        fresh = name.startswith(HEAD) and len(shape) > 1
-        state[name] = torch.randn(shape, generator=seeded(seed, name)) * HEAD_SPREAD if fresh else torch.zeros(shape)
+        if name.startswith(HEAD) and len(shape) > 1:
+            state[name] = torch.randn(shape, generator=seeded(seed, name)) * HEAD_SPREAD
+        elif name.endswith(".A") and not name.startswith(HEAD):
+            state[name] = start_of_a(shape, seeded(seed, name))
+        else:
+            state[name] = torch.zeros(shape)
     return state

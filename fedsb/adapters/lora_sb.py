@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedsb.adapters.method import Method, Parts
 from fedsb.adapters.peft_type import FEDSB
 
 BASE = "__base__"  # PEFT's name, in adapter_names, for a row without an adapter
@@ -210,3 +211,15 @@ class LoraSbLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return "fedsb." + super().__repr__()
+
+
+def _config(rank: int, alpha: float, told: dict[str, Any]) -> LoraSbConfig:
+    return LoraSbConfig(r=rank, basis="later", **told)
+
+
+def _chain(parts: Parts, b: Tensor | None, a: Tensor | None, scale: float) -> tuple[Tensor, ...]:
+    assert b is not None and a is not None
+    return b, parts["core"], a
+
+
+LORA_SB = Method(_config, {"core": ("r", "r")}, ("B", "A"), _chain, exact=True)

@@ -1,28 +1,12 @@
 """The table of methods: the names that configurations use, and what each is made of."""
 
-from dataclasses import dataclass
-
-from peft import PeftConfig
-from torch import nn
-
-from fedsb.adapters.lora_sb import LoraSbConfig, LoraSbLinear
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way of adapting.
-
-    Attributes:
-        config: the PEFT configuration class.
-        layer: the layer that takes the place of a linear layer.
-        exact: whether the mean of the trained tensors is the mean of the weight updates.
-    """
-
-    config: type[PeftConfig]
-    layer: type[nn.Module]
-    exact: bool
-
+from fedsb.adapters.ffa_lora import FFA_LORA
+from fedsb.adapters.lora import LORA
+from fedsb.adapters.lora_sb import LORA_SB
+from fedsb.adapters.method import Method
 
 METHODS: dict[str, Method] = {
-    "lora-sb": Method(LoraSbConfig, LoraSbLinear, exact=True),
+    "lora-sb": LORA_SB,
+    "lora": LORA,
+    "ffa-lora": FFA_LORA,
 }

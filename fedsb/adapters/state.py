@@ -1,12 +1,18 @@
-"""What a client trains and sends: named fp32 tensors in one canonical order, and the flat vector that travels."""
+"""What a client trains and sends: named fp32 tensors in one canonical order, and the flat vector that travels.
+
+A name is `<layer>.<part>`, with the layer's path in the base model and a part of the method (`Method.parts`): `….q_proj.core`,
+`….q_proj.A`; or `head.<path>` for a trained head.
+"""
 
 import hashlib
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -18,13 +24,25 @@ CORE = ".core"
 HEAD = "head."
 
 
+def layers_of(model: nn.Module) -> dict[str, Any]:
+    """Layer name (its path in the base model) → adapted layer (`LoraSbLinear` or PEFT's LoRA), in the model's order."""
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraSbLinear | LoraLinear)
+    }
+
+
 def parameters_of(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
-    """Name → trained parameter, in the model's order: `<layer>.core` (r, r), and `head.<path>` for a trained head."""
+    """Name → trained parameter, in the model's order; what is frozen (A of FFA-LoRA) is not among them."""
     found: dict[str, nn.Parameter] = {}
     for path, module in model.named_modules():
         path = path.removeprefix("base_model.model.")
         if isinstance(module, LoraSbLinear) and adapter in module.fedsb_core:
             found[path + CORE] = module.core(adapter).weight  # type: ignore[assignment]
+        elif isinstance(module, LoraLinear) and adapter in module.lora_A:
+            factors: dict[str, Any] = {"A": module.lora_A[adapter].weight, "B": module.lora_B[adapter].weight}
+            found |= {f"{path}.{part}": factor for part, factor in factors.items() if factor.requires_grad}
         elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
             for name, parameter in module.modules_to_save[adapter].named_parameters():
                 found[f"{HEAD}{path}.{name}"] = parameter

@@ -32,7 +32,8 @@ class Reach:
         On top of that comes rounding: of the numbers themselves to fp32 after each step, and to bf16 on the way back.
         """
         rounding = steps * 2.0**-24 + (2.0**-8 if bf16 else 0.0)
-        return cls(sent, largest * (1 + SLACK) + rounding * (sent.abs() + largest), norm)
+        smallest = torch.finfo(torch.float32).tiny  # below it rounding is no longer relative
+        return cls(sent, largest * (1 + SLACK) + rounding * (sent.abs() + largest) + smallest, norm)
 
     def check(self, vector: Tensor) -> float:
         """The L2 norm of a state's difference from the one sent. Raises ReplyError if training cannot have made it."""

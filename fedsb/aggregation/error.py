@@ -5,34 +5,45 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedsb.adapters.state import CORE
+from fedsb.adapters.method import Method
 from fedsb.basis.frames import Basis
 
 PROBES = 4
 
 
 class AggregationError:
-    """‖mean_i(w_i·B·R_i·A) - B·R̄·A‖_F / ‖mean_i(w_i·B·R_i·A)‖_F over all layers, estimated with random probes.
+    """‖mean_i(w_i·ΔW_i) - ΔW̄‖_F / ‖mean_i(w_i·ΔW_i)‖_F over all layers, estimated with random probes; ΔW̄ is the aggregate's.
 
     For a Gaussian probe v, E‖M·v‖² = ‖M‖_F², so each client's update is applied to the same few probes instead of being
     formed (out x in numbers a layer). Memory: PROBES columns a layer. All in fp64.
+
+    Args:
+        method: says what an update is (`Method.chain`).
+        basis: what is frozen.
+        shapes: layer name → (out, in).
+        scale: α / r.
+        generator: draws the probes.
     """
 
-    def __init__(self, basis: Basis, generator: torch.Generator) -> None:
-        self._b = {name: b.double() for name, b in sorted(basis.B.items())}  # a basis read from disk has another order
-        self._probed = {
-            name: a.double() @ torch.randn(a.shape[1], PROBES, dtype=torch.float64, generator=generator)
-            for name, a in sorted(basis.A.items())
-        }  # A·V (r, PROBES)
+    def __init__(
+        self, method: Method, basis: Basis, shapes: Mapping[str, tuple[int, int]], scale: float, generator: torch.Generator
+    ) -> None:
+        self._method, self._scale = method, scale
+        self._b = {name: b.double() for name, b in basis.B.items()}
+        self._a = {name: a.double() for name, a in basis.A.items()}
+        self._out = {name: shape[0] for name, shape in sorted(shapes.items())}  # a basis read from disk has another order
+        self._probes = {
+            name: torch.randn(in_, PROBES, dtype=torch.float64, generator=generator) for name, (_, in_) in sorted(shapes.items())
+        }
         self.start()
 
     def start(self) -> None:
         """Forget the last round."""
-        self._sum = {name: torch.zeros(b.shape[0], PROBES, dtype=torch.float64) for name, b in self._b.items()}
+        self._sum = {name: torch.zeros(out, PROBES, dtype=torch.float64) for name, out in self._out.items()}
         self._weight = 0.0
 
     def add(self, state: Mapping[str, Tensor], weight: float) -> None:
-        """Count one client's cores."""
+        """Count one client's state."""
         for name, total in self._sum.items():
             total.add_(self._apply(name, state), alpha=weight)
         self._weight += weight
@@ -47,4 +58,9 @@ class AggregationError:
         return (difference / norm) ** 0.5 if norm else 0.0
 
     def _apply(self, name: str, state: Mapping[str, Tensor]) -> Tensor:
-        return self._b[name] @ (state[name + CORE].double() @ self._probed[name])
+        """A layer's update times its probes (out, PROBES)."""
+        parts = {part: state[f"{name}.{part}"].double() for part in self._method.parts}
+        applied = self._probes[name]
+        for matrix in reversed(self._method.chain(parts, self._b.get(name), self._a.get(name), self._scale)):
+            applied = matrix @ applied
+        return applied

@@ -19,8 +19,8 @@ def fingerprint_of(b: Mapping[str, Tensor], a: Mapping[str, Tensor]) -> str:
     A core means nothing without its basis, so every message, checkpoint and adapter carries this.
     """
     digest = hashlib.sha256()
-    for name in sorted(b):
-        for side, tensor in (("B", b[name]), ("A", a[name])):
+    for name in sorted(b.keys() | a.keys()):
+        for side, tensor in ((side, part[name]) for side, part in (("B", b), ("A", a)) if name in part):
             digest.update(f"{name}:{side}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
             digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -28,11 +28,13 @@ def fingerprint_of(b: Mapping[str, Tensor], a: Mapping[str, Tensor]) -> str:
 
 @dataclass(frozen=True)
 class Basis:
-    """B, A and the core at the start, by layer name (the module's path in the base model).
+    """What is frozen and shared, by layer name (the module's path in the base model), and the core at the start.
+
+    B, A and R0 of the same layers for methods with a core between two frames; A alone, or nothing at all, for others.
 
     Attributes:
-        B: (out, r) with orthonormal columns, fp32 or bf16.
-        A: (r, in) with orthonormal rows, same dtype.
+        B: (out, r), fp32 or bf16; of LoRA-SB with orthonormal columns.
+        A: (r, in), same dtype; of LoRA-SB with orthonormal rows.
         R0: (r, r) fp32, the core before the first round; zeros, or diag(S) as in LoRA-SB (arXiv 2411.19557, section 3).
     """
 
@@ -41,8 +43,8 @@ class Basis:
     R0: dict[str, Tensor] = field(repr=False)
 
     def __post_init__(self) -> None:
-        if not (self.B.keys() == self.A.keys() == self.R0.keys()) or not self.B:
-            raise BasisError("a basis needs B, A and R0 for the same layers, and at least one layer; rebuild it")
+        if self.B.keys() != self.R0.keys() or (self.B and self.A.keys() != self.B.keys()):
+            raise BasisError("a basis needs B, A and R0 for the same layers, or has no B and R0 at all; rebuild it")
         for name, b in self.B.items():
             a, r0 = self.A[name], self.R0[name]
             if b.ndim != 2 or a.ndim != 2 or b.shape[1] != a.shape[0] or r0.shape != (a.shape[0], a.shape[0]):
@@ -57,9 +59,9 @@ class Basis:
         return fingerprint_of(self.B, self.A)
 
     @property
-    def rank(self) -> int:
-        """r, the number of columns of every B."""
-        return next(iter(self.B.values())).shape[1]
+    def rank(self) -> int | None:
+        """r, the number of rows of every A; None if nothing is frozen."""
+        return next(iter(self.A.values())).shape[0] if self.A else None
 
     @property
     def nbytes(self) -> int:

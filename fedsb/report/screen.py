@@ -88,6 +88,8 @@ def sentence(event: dict[str, Any]) -> str:
             )
         case "resumed":
             return f"resumed after round {event['round']}"
+        case "basis" if event["source"] == "none":
+            return "no basis: all that a layer adds is trained"
         case "basis":
             sent = f"{human_bytes(event['bytes'])} to every client" if event["sent"] else "rebuilt by every client, nothing sent"
             return f"basis {event['source']} {event['fingerprint'][:12]}: {sent} ({human_seconds(event['seconds'])})"

@@ -20,6 +20,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
+from fedsb.adapters.method import Method
+from fedsb.adapters.methods import METHODS
 from fedsb.errors import AdapterError, StoreError
 from fedsb.sections import SITE_NAME
 from fedsb.store.files import read_file, read_json, sha256_of, staged_folder, write_file, write_json, writing
@@ -27,7 +29,6 @@ from fedsb.store.tensors import load_tensors, save_tensors
 
 CORE_FILE, MANIFEST_FILE, CURRENT_FILE, LOCK_FILE = "core.safetensors", "manifest.json", "current", ".lock"
 VERSION = re.compile(r"v(\d{4,})")
-CORE = ".core"  # `<layer>.core`
 HEAD = re.compile(r"head\.(.+)\.(weight|bias)")  # `head.<module path>.weight`
 
 
@@ -50,6 +51,7 @@ class Manifest(BaseModel):
     base_model: ModelId
     method: str
     rank: int
+    scale: float = 1.0
     basis_fingerprint: str
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
@@ -62,20 +64,25 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """One version of a client's adapter: its state (fp32; cores (r, r) and head parameters) and its manifest."""
+    """One version of a client's adapter: its state (fp32; the parts of its method, and head parameters) and its manifest."""
 
     state: dict[str, Tensor]
     manifest: Manifest
 
     @property
-    def cores(self) -> dict[str, Tensor]:
-        """R (r, r) by layer name."""
-        return {name.removesuffix(CORE): tensor for name, tensor in self.state.items() if name.endswith(CORE)}
+    def layers(self) -> dict[str, dict[str, Tensor]]:
+        """Layer name → part of the method (`core`, or `A` and `B`) → tensor."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in self.state.items():
+            if not HEAD.fullmatch(name):
+                layer, _, part = name.rpartition(".")
+                found.setdefault(layer, {})[part] = tensor
+        return found
 
     @property
     def head(self) -> dict[str, Tensor]:
         """Head parameters by their name in the base model, e.g. `classifier.weight`."""
-        return {name.removeprefix("head."): t for name, t in self.state.items() if not name.endswith(CORE)}
+        return {name.removeprefix("head."): tensor for name, tensor in self.state.items() if HEAD.fullmatch(name)}
 
 
 def publish(
@@ -89,6 +96,7 @@ def publish(
     basis_fingerprint: str,
     round: int,
     task: str,
+    scale: float = 1.0,
     epsilon: float | None = None,
 ) -> int:
     """Publish a client's state as its next version, make it the current one, and return its number, from 1.
@@ -97,7 +105,7 @@ def publish(
     the store is as before.
     """
     folder = _folder(store, client)
-    _check(state, rank, f"the adapter of {client}")
+    _check(state, method, rank, f"the adapter of {client}")
     with _turn(folder):
         version = max(_versions(folder), default=0) + 1
         with staged_folder(folder / f"v{version:04d}") as staged:
@@ -108,6 +116,7 @@ def publish(
                 base_model=base_model,
                 method=method,
                 rank=rank,
+                scale=scale,
                 basis_fingerprint=basis_fingerprint,
                 shapes={name: tuple(tensor.shape) for name, tensor in state.items()},
                 dtypes={name: _dtype(tensor) for name, tensor in state.items()},
@@ -140,7 +149,7 @@ def load(store: Path, client: str, version: int | None = None) -> StoredAdapter:
         raise AdapterError(
             f"{folder}: is not what was published (missing, torn or changed); publish {client} anew, or name another version"
         )
-    _check(stored.state, stored.manifest.rank, str(folder))
+    _check(stored.state, stored.manifest.method, stored.manifest.rank, str(folder))
     return stored
 
 
@@ -216,21 +225,29 @@ def _described(state: Mapping[str, Tensor], manifest: Manifest) -> bool:
     return shapes == manifest.shapes and {name: _dtype(tensor) for name, tensor in state.items()} == manifest.dtypes
 
 
-def _check(state: Mapping[str, Tensor], rank: int, where: str) -> None:
-    """Refuse a state without cores, with unknown names, cores of another shape, another dtype, or NaN or infinity."""
-    if not any(name.endswith(CORE) for name in state):
-        raise AdapterError(f"{where}: holds no core; train it first")
+def _check(state: Mapping[str, Tensor], method: str, rank: int, where: str) -> None:
+    """Refuse a state of another method, without layers, with half a layer, of another rank or dtype, or with NaN or infinity."""
+    if method not in METHODS:
+        raise AdapterError(f"{where}: is of the method {method!r}, which this version does not have; update fedsb")
+    found: dict[str, set[str]] = {}
     for name, tensor in state.items():
-        fault = _fault(name, tensor, rank)
+        layer, _, part = name.rpartition(".")
+        if not HEAD.fullmatch(name):
+            found.setdefault(layer, set()).add(part)
+        fault = _fault(name, part, tensor, METHODS[method], rank)
         if fault:
             raise AdapterError(f"{where}: {name} {fault}; train it again")
+    torn = [layer for layer, parts in found.items() if parts != METHODS[method].parts.keys()]
+    if not found or torn:
+        what = f"{torn[0]} lacks a part" if torn else f"holds no {', no '.join(METHODS[method].parts)}"
+        raise AdapterError(f"{where}: {what}; train it first")
 
 
-def _fault(name: str, tensor: Tensor, rank: int) -> str | None:
-    if name.endswith(CORE) and tensor.shape != (rank, rank):
+def _fault(name: str, part: str, tensor: Tensor, method: Method, rank: int) -> str | None:
+    if not HEAD.fullmatch(name) and part not in method.parts:
+        return f"is neither {' nor '.join(method.parts)} nor a head parameter"
+    if not HEAD.fullmatch(name) and not method.fits(part, tuple(tensor.shape), rank):
         return f"has shape {tuple(tensor.shape)} where rank {rank} is said"
-    if not name.endswith(CORE) and not HEAD.fullmatch(name):
-        return "is neither a core nor a head parameter"
     if tensor.dtype != torch.float32:
         return f"is {_dtype(tensor)} instead of float32"
     return None if bool(tensor.isfinite().all()) else "holds NaN or infinity"

@@ -1,10 +1,11 @@
 """Folders to carry away: a plain LoRA that an unmodified PEFT (and vLLM) reads, and our own format with the core apart.
 
 Both hold `adapter_config.json`, `adapter_model.safetensors`, `README.md` and `manifest.json`, and replace an older
-export whole. The plain LoRA puts everything trained on the B side (lora_B = s B R, lora_A = A), so that A is the same
-for all clients of a run.
+export whole. The plain LoRA of LoRA-SB puts everything trained on the B side (lora_B = B R, lora_A = A), so that A is the
+same for all clients of a run. Scales are in lora_B.
 """
 
+import functools
 import json
 import re
 from collections.abc import Collection, Mapping
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedsb.adapters.methods import METHODS
 from fedsb.basis.frames import Basis
 from fedsb.errors import BasisError, StoreError
 from fedsb.store.adapters import StoredAdapter
@@ -36,26 +38,35 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
 def export_lora(
     stored: StoredAdapter, basis: Basis, out: Path, dtype: torch.dtype = torch.float32, modules: Collection[str] = ()
 ) -> Path:
-    """Write a plain LoRA: lora_A (r, in) = A, lora_B (out, r) = s B R, the product in fp64, stored in `dtype`.
+    """Write a plain LoRA: the last matrix of the method's chain as lora_A (r, in), the product of those before it, in fp64, as
+    lora_B (out, r); of LoRA-SB A and B·R. Stored in `dtype`.
 
     `modules`: see `target_modules`. Raises BasisError (not the adapter's basis), StoreError (`out` is something
     else) and DiskError; then whatever was at `out` is as before.
     """
     _check(stored, basis)
+    method, scale = METHODS[stored.manifest.method], stored.manifest.scale
     tensors: dict[str, Tensor] = {}
-    for layer, core in stored.cores.items():
-        product = basis.B[layer].double() @ core.double()  # (out, r)
-        tensors[f"{PREFIX}{layer}.lora_A.weight"] = basis.A[layer].to(dtype)
-        tensors[f"{PREFIX}{layer}.lora_B.weight"] = product.to(dtype)
+    for layer, parts in stored.layers.items():
+        wide = {part: tensor.double() for part, tensor in parts.items()}
+        b, a = (side[layer].double() if layer in side else None for side in (basis.B, basis.A))
+        *left, right = method.chain(wide, b, a, scale)
+        tensors[f"{PREFIX}{layer}.lora_A.weight"] = right.to(dtype)
+        tensors[f"{PREFIX}{layer}.lora_B.weight"] = functools.reduce(torch.matmul, left).to(dtype)
     return _write(out, stored, lora_config(stored, modules), tensors | _head(stored))
 
 
 def export_core(stored: StoredAdapter, basis: Basis, out: Path, modules: Collection[str] = ()) -> Path:
-    """Write our own format: core (r, r) fp32, A (r, in) and B (out, r) in the basis' dtype. Raises as `export_lora`."""
+    """Write our own format: core (r, r) fp32, A (r, in) and B (out, r) in the basis' dtype.
+
+    Raises as `export_lora`, and StoreError for a method without cores.
+    """
     _check(stored, basis)
+    if METHODS[stored.manifest.method].frames != ("B", "A"):
+        raise StoreError(f"{stored.manifest.method} has no cores, and so no format of ours; use --format lora")
     tensors: dict[str, Tensor] = {}
-    for layer, core in stored.cores.items():
-        tensors[f"{PREFIX}{layer}.fedsb_core.weight"] = core
+    for layer, parts in stored.layers.items():
+        tensors[f"{PREFIX}{layer}.fedsb_core.weight"] = parts["core"]
         tensors[f"{PREFIX}{layer}.fedsb_A"] = basis.A[layer]
         tensors[f"{PREFIX}{layer}.fedsb_B"] = basis.B[layer]
     return _write(out, stored, core_config(stored, modules), tensors | _head(stored))
@@ -92,7 +103,7 @@ def _common(stored: StoredAdapter, modules: Collection[str]) -> dict[str, Any]:
         "inference_mode": True,
         "modules_to_save": modules_to_save(stored.head) or None,
         "r": stored.manifest.rank,
-        "target_modules": target_modules(stored.cores, modules),
+        "target_modules": target_modules(stored.layers, modules),
         "task_type": "SEQ_CLS" if stored.head else "CAUSAL_LM",
     }
 
@@ -143,10 +154,11 @@ def _check(stored: StoredAdapter, basis: Basis) -> None:
             f"the adapter of {stored.manifest.client} was trained on basis {said[:12]}, not {basis.fingerprint[:12]}; "
             "load the basis of its own run"
         )
-    if stored.cores.keys() != basis.B.keys() or stored.manifest.rank != basis.rank:
+    framed = bool(METHODS[stored.manifest.method].frames)
+    if framed and (stored.layers.keys() != basis.A.keys() or stored.manifest.rank != basis.rank):
         raise BasisError(
-            f"the adapter of {stored.manifest.client} ({len(stored.cores)} cores, rank {stored.manifest.rank}) lacks "
-            f"the layers or the rank of its basis ({len(basis.B)} layers, rank {basis.rank}); publish the adapter anew"
+            f"the adapter of {stored.manifest.client} ({len(stored.layers)} layers, rank {stored.manifest.rank}) lacks "
+            f"the layers or the rank of its basis ({len(basis.A)} layers, rank {basis.rank}); publish the adapter anew"
         )
 
 
@@ -192,7 +204,7 @@ tags: [fedsb, {manifest.method}, {str(config["peft_type"]).lower()}]
 |---|---|
 | base model | `{manifest.base_model.name}` (SHA-256 `{manifest.base_model.sha256}`) |
 | method | {manifest.method}, rank {manifest.rank} |
-| adapted layers | {len(stored.cores)} |
+| adapted layers | {len(stored.layers)} |
 | trained numbers | {trained:,} |
 | task | {manifest.task} |
 | round | {manifest.round} |

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedsb.adapters.methods import METHODS
 from fedsb.adapters.state import HEAD
 from fedsb.config import RunConfig
 from fedsb.data.batches import Batch, Encoded, Kind, collate, draw
@@ -59,8 +60,10 @@ def learning_rate(config: RunConfig) -> float:
     whatever the layer's size: that is what is kept the same. A basis from gradients points at what the loss is steepest
     in, and takes half.
     """
-    chosen = config.train.learning_rate
-    return STEP_SIZE[config.basis.source] / max(config.adapter.rank, LOWEST_RANK) if chosen == "auto" else chosen
+    chosen, method = config.train.learning_rate, METHODS[config.adapter.method]
+    if chosen != "auto":
+        return chosen
+    return method.rate or STEP_SIZE[config.basis.source] / max(config.adapter.rank, LOWEST_RANK)
 
 
 def round_plan(config: RunConfig, server_round: int) -> Plan:

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 
 from fedsb.adapters.attach import initial_state, layout_of, shapes_of
-from fedsb.adapters.state import set_state
-from fedsb.adapters.tuner import adapted_layers
+from fedsb.adapters.lora import start_of_a
+from fedsb.adapters.methods import METHODS
+from fedsb.adapters.state import layers_of, set_state
 from fedsb.basis.frames import DTYPES, Basis
 from fedsb.basis.gradient import gradient_basis
 from fedsb.basis.sketch import SketchPlan
-from fedsb.basis.spectral import random_basis, weights_basis
+from fedsb.basis.spectral import random_basis, seeded, weights_basis
 from fedsb.config import RunConfig
 from fedsb.data.batches import Batch, collate, encode
 from fedsb.data.tasks import labels_of, load_task
@@ -26,13 +27,20 @@ def can_rebuild(config: RunConfig) -> bool:
     return config.basis.source in ("random", "weights")
 
 
+def basis_source(config: RunConfig) -> str:
+    """Where the basis comes from, for people: `none` if the method has no frames, `seed` if A alone follows from the seed."""
+    frames = METHODS[config.adapter.method].frames
+    return config.basis.source if set(frames) == {"B", "A"} else "seed" if frames else "none"
+
+
 def needs_weights(config: RunConfig) -> bool:
     """Whether building the basis takes the model's weights, or only its shapes."""
     return config.basis.source not in ("random", "sketch")
 
 
 def build_basis(config: RunConfig, model: Any, tokenizer: Any, device: torch.device) -> Basis:
-    """Build the basis, in the dtype in which it is kept and sent; one from sketches is not built alone (`server/sketching.py`).
+    """Build what is frozen and shared, in the dtype in which it is kept and sent: the basis of LoRA-SB, A of FFA-LoRA, nothing of
+    LoRA. A basis from sketches is not built alone (`server/sketching.py`).
 
     Args:
         config: the run.
@@ -40,11 +48,18 @@ def build_basis(config: RunConfig, model: Any, tokenizer: Any, device: torch.dev
         tokenizer: only used for `basis.source = "public"`.
         device: where the model is.
     """
-    section = config.basis
-    if section.source == "random":
+    section, frames = config.basis, METHODS[config.adapter.method].frames
+    if not frames:
+        basis = Basis({}, {}, {})
+    elif frames == ("A",):
+        a = {
+            name: start_of_a((config.adapter.rank, in_), seeded(config.seed, name)) for name, (_, in_) in shapes_of(model).items()
+        }
+        basis = Basis({}, a, {})
+    elif section.source == "random":
         basis = random_basis(shapes_of(model), config.adapter.rank, config.seed)
     elif section.source == "weights":
-        layers = {name: layer.get_base_layer() for name, layer in adapted_layers(model).items()}
+        layers = {name: layer.get_base_layer() for name, layer in layers_of(model).items()}
         basis = weights_basis(layers, config.adapter.rank, config.seed)
     elif section.source == "sketch":
         raise BasisError('basis.source = "sketch" is made of what clients send; it cannot be built by one side alone')
@@ -64,7 +79,7 @@ def _public_basis(config: RunConfig, model: Any, tokenizer: Any, device: torch.d
     transformer = model.get_base_model()
     set_state(model, initial_state(layout_of(model), config.seed))  # the head that training starts from, not a chance one
     return gradient_basis(
-        {name: layer.get_base_layer() for name, layer in adapted_layers(model).items()},
+        {name: layer.get_base_layer() for name, layer in layers_of(model).items()},
         _public_batches(config, tokenizer, device),
         lambda batch: loss(transformer, batch),
         config.adapter.rank,

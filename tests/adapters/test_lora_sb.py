@@ -287,6 +287,6 @@ def test_only_the_active_adapter_counts_and_is_trained() -> None:
 
 def test_the_table_of_methods_builds_what_it_says() -> None:
     for name, method in METHODS.items():
-        config = method.config(r=RANK)
-        assert config.method == name
-        assert {type(layer) for layer in adapted_layers(adapted(llama())).values()} == {method.layer}
+        config = method.config(RANK, float(RANK), {"target_modules": "all-linear"})
+        assert config.peft_type.value == ("FEDSB" if name == "lora-sb" else "LORA")
+        assert set(method.frames) <= {"B", "A"} and all(method.fits(part, (RANK,) * 2, RANK) for part in method.parts)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedsb.adapters.lora_sb import LORA_SB
 from fedsb.adapters.state import Layout
 from fedsb.aggregation.error import AggregationError
 from fedsb.aggregation.mean import Mean
@@ -35,7 +36,7 @@ def _mean_of(states: list[dict[str, Tensor]], weights: list[int]) -> dict[str, T
 
 
 def _measured(aggregate: dict[str, Tensor], seed: int = 0) -> float:
-    error = AggregationError(_basis(), seeded(seed, "probe"))
+    error = AggregationError(LORA_SB, _basis(), SHAPES, 1.0, seeded(seed, "probe"))
     for state, weight in zip(_states(), WEIGHTS, strict=True):
         error.add(state, weight)
     return error.result(aggregate)
@@ -95,7 +96,7 @@ def test_a_single_measurement_is_of_the_right_order() -> None:
 
 def test_a_new_round_starts_from_nothing() -> None:
     """The trap of the list that is never cleared: an old round must not count into the next."""
-    error = AggregationError(_basis(), seeded(0))
+    error = AggregationError(LORA_SB, _basis(), SHAPES, 1.0, seeded(0))
     for state in _states(offset=3.0):
         error.add(state, 7)
     error.start()
@@ -106,13 +107,13 @@ def test_a_new_round_starts_from_nothing() -> None:
 
 def test_updates_that_are_all_zero() -> None:
     zero = {name: torch.zeros_like(core) for name, core in _states()[0].items()}
-    error = AggregationError(_basis(), seeded(0))
+    error = AggregationError(LORA_SB, _basis(), SHAPES, 1.0, seeded(0))
     error.add(zero, 1)
     assert error.result(zero) == 0
 
 
 def test_a_bf16_basis_and_a_head_beside_the_cores() -> None:
-    error = AggregationError(_basis().to(torch.bfloat16), seeded(0))
+    error = AggregationError(LORA_SB, _basis().to(torch.bfloat16), SHAPES, 1.0, seeded(0))
     for state, weight in zip(_states(), WEIGHTS, strict=True):
         error.add(state | {"head.score.weight": torch.ones(2, 2)}, weight)
     assert error.result(_mean_of(_states(), WEIGHTS)) < 1e-7

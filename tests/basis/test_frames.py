@@ -95,10 +95,17 @@ def test_size_and_rank_of_a_basis() -> None:
     assert {t.dtype for t in halved.R0.values()} == {torch.float32}
 
 
+def test_a_basis_may_have_a_alone_or_nothing() -> None:
+    whole = random_basis(SHAPES, 3, 0)
+    half, none = Basis({}, whole.A, {}), Basis({}, {}, {})
+    assert (half.rank, none.rank, none.nbytes) == (3, None, 0)
+    assert len({whole.fingerprint, half.fingerprint, none.fingerprint}) == 3
+
+
 def test_parts_that_do_not_fit_together_are_refused() -> None:
     basis = random_basis(SHAPES, 3, 0)
-    with pytest.raises(BasisError, match="for the same layers, and at least one layer"):
-        Basis({}, {}, {})
+    with pytest.raises(BasisError, match="for the same layers, or has no B and R0 at all"):
+        Basis({}, basis.A, basis.R0)
     with pytest.raises(BasisError, match="for the same layers"):
         Basis(basis.B, {name: a for name, a in basis.A.items() if name != "tall"}, basis.R0)
     for part, name in (("B", "wide"), ("A", "tall"), ("R0", "square")):

@@ -8,6 +8,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from torch import Tensor
 
 from clients.app import app as client_app
+from fedsb.adapters.lora_sb import LORA_SB
 from fedsb.adapters.state import Layout
 from fedsb.aggregation.checks import Strikes
 from fedsb.aggregation.error import AggregationError
@@ -18,7 +19,8 @@ from strategies.fedsb import FedSB
 from strategies.records import EXAMPLES, LOSS, SECONDS, Identity, Order, pack_state, reply_content
 from tests.federation.tiny import config_of, table
 
-BASIS = random_basis({"a": (12, 10), "b": (9, 16)}, 4, seed=1)
+SHAPES = {"a": (12, 10), "b": (9, 16)}
+BASIS = random_basis(SHAPES, 4, seed=1)
 LAYOUT = Layout((("a.core", (4, 4)), ("b.core", (4, 4)), ("head.classifier.bias", (3,))))
 START = pack_state(torch.zeros(LAYOUT.size), "fp32")
 
@@ -38,7 +40,7 @@ class Desk:
             BASIS.fingerprint,
             self.roster,
             Strikes(self.config.federation.strikes, {}),
-            AggregationError(BASIS, seeded(0, "probe")),
+            AggregationError(LORA_SB, BASIS, SHAPES, 1.0, seeded(0, "probe")),
             self.tell,
         )
         self.grid = LocalGrid(client_app, node_configs(self.config.client_names, "sites"))

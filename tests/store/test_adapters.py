@@ -24,7 +24,7 @@ def test_publish_and_load(tmp_path: Path) -> None:
     stored = load(tmp_path, "hospital-a")
     assert stored.state.keys() == tensors.keys()
     assert all(torch.equal(stored.state[name], tensors[name]) for name in tensors)
-    assert stored.cores.keys() == {"model.layers.0.q_proj", "model.layers.1.q_proj"}
+    assert stored.layers.keys() == {"model.layers.0.q_proj", "model.layers.1.q_proj"}
     assert stored.head.keys() == {"classifier.weight", "classifier.bias"}
     written = json.loads((tmp_path / "hospital-a" / "v0001" / "manifest.json").read_text())
     created = datetime.fromisoformat(written.pop("created"))
@@ -42,6 +42,7 @@ def test_publish_and_load(tmp_path: Path) -> None:
         "round": 5,
         "task": "chain_sum",
         "epsilon": 3.5,
+        "scale": 1.0,
     }
 
 
@@ -154,7 +155,7 @@ def test_a_torn_version_is_refused(tmp_path: Path, file: str) -> None:
         ({}, "holds no core"),
         ({"head.classifier.bias": torch.zeros(2)}, "holds no core"),
         (state() | {"x.core": torch.zeros(3, 3)}, r"x\.core has shape \(3, 3\) where rank 4 is said"),
-        (state() | {"lm_head.weight": torch.zeros(3, 3)}, "is neither a core nor a head parameter"),
+        (state() | {"lm_head.weight": torch.zeros(3, 3)}, "is neither core nor a head parameter"),
         (state() | {"x.core": torch.zeros(4, 4).bfloat16()}, "is bfloat16 instead of float32"),
         (state() | {"x.core": torch.full((4, 4), torch.inf)}, "holds NaN or infinity"),
     ],

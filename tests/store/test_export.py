@@ -62,7 +62,7 @@ def _bert() -> BertForSequenceClassification:
 def _merged(model: nn.Module, stored: StoredAdapter, frames: Basis) -> nn.Module:
     """By hand: W + s B R A in every adapted layer, and the head put in place."""
     merged = copy.deepcopy(model)
-    for layer, core in stored.cores.items():
+    for layer, core in ((layer, parts["core"]) for layer, parts in stored.layers.items()):
         change = frames.B[layer].float() @ core @ frames.A[layer].float()
         merged.get_submodule(layer).weight.data += change  # type: ignore[operator]
     merged.load_state_dict(stored.head, strict=False)
@@ -127,7 +127,7 @@ def test_the_core_is_on_the_b_side(tmp_path: Path) -> None:
     stored = _stored(tmp_path, frames)
     weights = load_file(export_lora(stored, frames, tmp_path / "out") / "adapter_model.safetensors")
     for layer in SHAPES:
-        exact = frames.B[layer].double() @ stored.cores[layer].double()
+        exact = frames.B[layer].double() @ stored.layers[layer]["core"].double()
         assert torch.equal(weights[f"base_model.model.{layer}.lora_B.weight"], exact.float())
         assert torch.equal(weights[f"base_model.model.{layer}.lora_A.weight"], frames.A[layer])
 
@@ -138,7 +138,7 @@ def test_an_export_in_bf16_rounds_once(tmp_path: Path) -> None:
     out = export_lora(stored, frames, tmp_path / "out", dtype=torch.bfloat16)
     weights = load_file(out / "adapter_model.safetensors")
     layer = "model.layers.0.q_proj"
-    exact = frames.B[layer].double() @ stored.cores[layer].double()
+    exact = frames.B[layer].double() @ stored.layers[layer]["core"].double()
     assert torch.equal(weights[f"base_model.model.{layer}.lora_B.weight"], exact.bfloat16())
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
 
@@ -217,7 +217,7 @@ def test_our_own_format_keeps_core_and_basis_apart(tmp_path: Path) -> None:
     out = export_core(stored, frames, tmp_path / "out")
     weights = load_file(out / "adapter_model.safetensors")
     for layer in SHAPES:
-        assert torch.equal(weights.pop(f"base_model.model.{layer}.fedsb_core.weight"), stored.cores[layer])
+        assert torch.equal(weights.pop(f"base_model.model.{layer}.fedsb_core.weight"), stored.layers[layer]["core"])
         assert torch.equal(weights.pop(f"base_model.model.{layer}.fedsb_A"), frames.A[layer])
         assert torch.equal(weights.pop(f"base_model.model.{layer}.fedsb_B"), frames.B[layer])
     assert list(weights) == ["base_model.model.score.weight"]
@@ -260,7 +260,7 @@ def test_another_basis_is_refused(tmp_path: Path) -> None:
 def test_cores_of_other_layers_than_the_basis_are_refused(tmp_path: Path) -> None:
     frames = basis(SHAPES)
     publish(tmp_path / "store", "a", state(0, ("model.layers.0.q_proj",)), frames.fingerprint)
-    with pytest.raises(BasisError, match=r"a \(1 cores, rank 4\) lacks the layers or the rank of its basis \(2 layers"):
+    with pytest.raises(BasisError, match=r"a \(1 layers, rank 4\) lacks the layers or the rank of its basis \(2 layers"):
         export_lora(load(tmp_path / "store", "a"), frames, tmp_path / "out")
 
 

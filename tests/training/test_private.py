@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
-from fedsb.adapters.state import get_state, parameters_of
+from fedsb.adapters.state import HEAD, get_state, parameters_of
 from fedsb.adapters.tuner import LoraSbModel
 from fedsb.data.batches import Encoded, collate
 from fedsb.errors import PrivacyError
@@ -87,6 +87,14 @@ def norm(gradient: dict[str, Tensor]) -> float:
     return math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
 
 
+def clipped(gradient: dict[str, Tensor], clip: float) -> dict[str, Tensor]:
+    """One record's gradient, the head's and the rest of it each clipped to clip / √2; without a head the whole to clip."""
+    heads = {name: g for name, g in gradient.items() if name.startswith(HEAD)}
+    rest = {name: g for name, g in gradient.items() if name not in heads}
+    bound = clip / math.sqrt(2) if heads else clip
+    return {name: g * min(1.0, bound / norm(group)) for group in (rest, heads) for name, g in group.items()}
+
+
 def clipped_sum(kind: str, model: PeftModel, batch: Sequence[Encoded], clip: float) -> dict[str, Tensor]:
     """What `add_clipped` adds up for one batch."""
     parameters, transformer = parameters_of(model), model.get_base_model()
@@ -122,8 +130,18 @@ def test_what_is_summed_is_each_record_clipped_alone(case: tuple[str, PeftModel,
     clip = sorted(norm(single) for single in singles)[4]  # half of them are clipped
     found = clipped_sum(kind, model, examples, clip)
     for name, total in found.items():
-        expected = sum(single[name] * min(1.0, clip / norm(single)) for single in singles)
-        assert torch.allclose(total, torch.as_tensor(expected), atol=2e-6 * clip * len(examples))
+        expected = sum((clipped(single, clip)[name] for single in singles), torch.zeros_like(total))
+        assert torch.allclose(total, expected, atol=2e-6 * clip * len(examples))
+
+
+def test_a_long_gradient_of_the_head_takes_nothing_from_the_rest() -> None:
+    parameters = {"a.core": nn.Parameter(torch.zeros(2)), "head.b.weight": nn.Parameter(torch.zeros(1))}
+    sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    parameters["a.core"].grad_sample = torch.tensor([[0.3, 0.4], [6.0, 8.0]])  # type: ignore[attr-defined]
+    parameters["head.b.weight"].grad_sample = torch.tensor([[100.0], [0.1]])  # type: ignore[attr-defined]
+    add_clipped(sums, parameters, 2**0.5, 2)
+    assert torch.allclose(sums["a.core"], torch.tensor([0.3 + 0.6, 0.4 + 0.8]), rtol=1e-5)
+    assert torch.allclose(sums["head.b.weight"], torch.tensor([1.1]), rtol=1e-5)
 
 
 @pytest.mark.parametrize("clip", [1e-6, 1e-2, 1.0])
@@ -185,7 +203,7 @@ def test_a_step_is_adamw_on_the_clipped_sum_over_the_expected_number(
     for drawn in draws:
         singles = [alone(kind, model, examples[i]) for i in drawn]
         for name, copy in copies.items():
-            total = sum((s[name] * min(1.0, 0.05 / norm(s)) for s in singles), torch.zeros_like(copy))
+            total = sum((clipped(s, 0.05)[name] for s in singles), torch.zeros_like(copy))
             copy.grad = total / 4
         optimiser.step()
         with torch.no_grad():

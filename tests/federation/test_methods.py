@@ -1,0 +1,274 @@
+"""Whole federations with each method: what travels, how exact the mean is, one client alone, export, privacy, refusals."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Message
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from clients.session import Session, Site
+from fedsb.adapters.attach import scale_of
+from fedsb.adapters.methods import METHODS
+from fedsb.adapters.state import HEAD, get_state, layers_of, set_state
+from fedsb.cli.evaluate import evaluate_run
+from fedsb.config import RunConfig
+from fedsb.errors import AdapterError, ConfigError, StoreError
+from fedsb.models import device_of, load_model, locate
+from fedsb.privacy.accounting import epsilon
+from fedsb.store import adapters
+from fedsb.store.basis_files import load_basis
+from fedsb.store.export import export_core, export_lora
+from fedsb.store.ledger import NAME, Ledger
+from fedsb.training.loop import round_plan
+from fedsb.training.start import build_basis
+from strategies.records import ARRAYS, TRAIN, unpack_state
+from tests.federation.tiny import (
+    classification,
+    config_of,
+    equal,
+    events,
+    federate,
+    final_state,
+    lasting,
+    personal_states,
+    table,
+)
+from tests.federation.twisted import twisted
+
+EVERY = pytest.mark.parametrize("method", METHODS)
+FAMILY = pytest.mark.parametrize("method", ["lora", "ffa-lora"])
+TOKENS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+
+
+def config(llama: str, words: str, method: str, **sections: Any) -> RunConfig:
+    return config_of(table(llama, words, **{"adapter": {"method": method}, **sections}))
+
+
+def dense(run: RunConfig, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Layer → the update of its weight, as the model itself has it under a state."""
+    return {
+        name: layer.get_delta_weight("default").detach().double() for name, layer in layers_of(opened(run, state).model).items()
+    }
+
+
+def opened(run: RunConfig, state: dict[str, torch.Tensor]) -> Session:
+    """A session with the run's basis and a state in place."""
+    session = Session(run)
+    session.use(build_basis(run, session.model, session.tokenizer, session.device))
+    set_state(session.model, state)
+    return session
+
+
+def started(run: RunConfig) -> Session:
+    """A session as every client starts."""
+    session = Session(run)
+    return opened(run, session.layout.unflatten(session.base_vector()))
+
+
+@EVERY
+def test_it_trains_scores_and_publishes(method: str, llama: str, words: str, tmp_path: Path) -> None:
+    run = config(llama, words, method)
+    summary = federate(run, tmp_path)
+    assert summary["method"] == method
+    parts = {name.rpartition(".")[2] for name in final_state(tmp_path)}
+    assert parts == set(METHODS[method].parts)
+    base, after = (sum(s["loss"] for s in summary["evaluation"][which].values()) for which in ("base", "global"))
+    assert after < base
+    assert set(personal_states(tmp_path)) == set(run.client_names)
+    scores = evaluate_run(tmp_path)
+    for which in ("base", "global", "personal"):
+        for client, score in summary["evaluation"][which].items():
+            assert scores[which][client]["loss"] == pytest.approx(score["loss"], rel=1e-5)
+
+
+@EVERY
+def test_the_base_model_is_where_everybody_starts(method: str, llama: str, words: str) -> None:
+    run = config(llama, words, method)
+    source = locate(run.model.source)
+    plain = load_model(source, run.model, None, device_of("cpu"))
+    torch.testing.assert_close(started(run).model(input_ids=TOKENS).logits, plain(input_ids=TOKENS).logits)
+
+
+@EVERY
+def test_the_chain_is_the_update_that_the_layer_adds(method: str, llama: str, words: str) -> None:
+    alpha = {} if method == "lora-sb" else {"alpha": 12.0}
+    run = config(llama, words, method, adapter={"method": method, **alpha})
+    session = Session(run)
+    torch.manual_seed(0)
+    state = {name: torch.randn_like(t) for name, t in session.layout.unflatten(session.base_vector()).items()}
+    found = dense(run, state)
+    basis = build_basis(run, session.model, session.tokenizer, session.device)
+    assert scale_of(run) == (1.0 if method == "lora-sb" else 3.0)
+    for layer, update in found.items():
+        parts = {part: state[f"{layer}.{part}"].double() for part in METHODS[method].parts}
+        b, a = (side[layer].double() if layer in side else None for side in (basis.B, basis.A))
+        product = torch.linalg.multi_dot(METHODS[method].chain(parts, b, a, scale_of(run)))
+        torch.testing.assert_close(product, update, rtol=1e-4, atol=1e-5)
+
+
+@EVERY
+def test_the_aggregation_error_is_that_of_the_dense_updates(method: str, llama: str, words: str, tmp_path: Path) -> None:
+    """One round: what the clients sent, formed as matrices, against what the server made of it."""
+    run = config(llama, words, method, federation={"rounds": 1, "weighting": "uniform"})
+    sent: list[torch.Tensor] = []
+
+    def watch(kind: str, client: int, reply: Message) -> list[Message]:
+        if kind == TRAIN:
+            sent.append(unpack_state(reply.content[ARRAYS]))
+        return [reply]
+
+    summary = federate(run, tmp_path, grid=twisted(run, tmp_path, watch))
+    layout = Session(run).layout
+    updates = [dense(run, layout.unflatten(vector)) for vector in sent]
+    mean = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+    got = dense(run, final_state(tmp_path))
+    norm = sum(float(m.square().sum()) for m in mean.values()) ** 0.5
+    exact = sum(float((mean[name] - got[name]).square().sum()) for name in mean) ** 0.5 / norm
+    if METHODS[method].exact:
+        assert exact < 1e-6 and summary["aggregation_error"] < 1e-6
+    else:
+        assert exact > 1e-3
+        assert summary["aggregation_error"] == pytest.approx(exact, rel=0.5)  # four probes
+
+
+@EVERY
+def test_one_client_alone_is_local_training(method: str, llama: str, words: str, tmp_path: Path) -> None:
+    run = config(llama, words, method, federation={"clients": 1, "rounds": 2})
+    federate(run, tmp_path)
+    session = started(run)
+    site, vector = Site("client-0", 0, tmp_path), session.base_vector()
+    for number in (1, 2):
+        vector = session.train(site, vector, round_plan(run, number)).vector
+    assert equal(session.layout.unflatten(vector), final_state(tmp_path))
+
+
+@EVERY
+def test_a_killed_run_resumes_to_the_same_bits(method: str, llama: str, words: str, tmp_path: Path) -> None:
+    run = config(llama, words, method)
+    whole = federate(run, tmp_path / "whole")
+    short = config(llama, words, method, federation={"rounds": 3})
+
+    class Died(Exception):
+        pass
+
+    def die(kind: str, client: int, reply: Message) -> list[Message]:
+        if kind == TRAIN and len(events(tmp_path / "cut", "round")) == 2 and not (tmp_path / "died").exists():
+            (tmp_path / "died").touch()
+            raise Died
+        return [reply]
+
+    with pytest.raises(Died):
+        federate(short, tmp_path / "cut", grid=twisted(short, tmp_path / "cut", die))
+    resumed = federate(short, tmp_path / "cut", resume=True)
+    assert equal(final_state(tmp_path / "whole"), final_state(tmp_path / "cut"))
+    assert lasting(whole, "bytes")["evaluation"] == lasting(resumed, "bytes")["evaluation"]
+
+
+@EVERY
+def test_an_unmodified_peft_reads_the_export(method: str, bert: str, labels: str, tmp_path: Path) -> None:
+    alpha = {} if method == "lora-sb" else {"alpha": 8.0}
+    run = config_of(classification(bert, labels, adapter={"method": method, **alpha}))
+    federate(run, tmp_path)
+    stored = adapters.load(tmp_path / "adapters", "client-1")
+    folder = export_lora(stored, load_basis(tmp_path, stored.manifest.basis_fingerprint), tmp_path / "out")
+    source = locate(run.model.source)
+    ours = opened(run, stored.state).model(input_ids=TOKENS).logits
+    loaded = PeftModel.from_pretrained(load_model(source, run.model, 3, device_of("cpu")), folder)
+    torch.testing.assert_close(loaded(input_ids=TOKENS).logits, ours, rtol=1e-4, atol=1e-5)
+    assert not any("fedsb" in name for name in load_file(folder / "adapter_model.safetensors"))
+
+
+@FAMILY
+def test_no_format_of_ours_without_cores(method: str, llama: str, words: str, tmp_path: Path) -> None:
+    run = config(llama, words, method, federation={"rounds": 1})
+    federate(run, tmp_path)
+    stored = adapters.load(tmp_path / "adapters", "client-0")
+    with pytest.raises(StoreError, match=f"{method} has no cores, .* --format lora"):
+        export_core(stored, load_basis(tmp_path, stored.manifest.basis_fingerprint), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_half_as_much_travels_with_a_frozen_and_shared_a(llama: str, words: str, tmp_path: Path) -> None:
+    whole, half = (
+        federate(config(llama, words, method), tmp_path / method)["trainable_parameters"] for method in ("lora", "ffa-lora")
+    )
+    assert half < whole
+    one, other = (
+        {name: layer.lora_A["default"].weight for name, layer in layers_of(started(run).model).items()}
+        for run in (
+            config(llama, words, "ffa-lora"),
+            config_of(table(llama, words, adapter={"method": "ffa-lora"}) | {"seed": 4}),
+        )
+    )
+    assert one.keys() == other.keys()
+    assert not any(torch.equal(one[name], other[name]) for name in one), "A follows from the seed"
+
+
+@FAMILY
+def test_private_by_record_and_by_client_and_under_a_secure_sum(method: str, bert: str, labels: str, tmp_path: Path) -> None:
+    for unit in ("record", "client"):
+        privacy = {"unit": unit, "epsilon": 8.0, "secure_sum": unit == "client"}
+        run = config_of(
+            classification(
+                bert,
+                labels,
+                adapter={"method": method},
+                privacy=privacy,
+                federation={"clients": 4, "weighting": "uniform", "rounds": 1},
+                data={"partition": "iid"},
+            )
+        )
+        federate(run, tmp_path / unit)
+        found = Ledger(tmp_path / unit / "sites" / "client-0" / NAME, "client-0").entries()
+        units = found[0].records if unit == "record" else 4
+        assert 0 < epsilon([entry.release for entry in found], 1 / units).best <= 8.0
+        state = final_state(tmp_path / unit)
+        assert any(name.startswith(HEAD) for name in state) and all(bool(t.isfinite().all()) for t in state.values())
+
+
+def test_a_state_of_another_method_is_refused(llama: str, words: str, tmp_path: Path) -> None:
+    run = config(llama, words, "lora", federation={"rounds": 1})
+    federate(run, tmp_path)
+    stored = adapters.load(tmp_path / "adapters", "client-0")
+    told = {
+        "base_model": stored.manifest.base_model,
+        "rank": 4,
+        "basis_fingerprint": stored.manifest.basis_fingerprint,
+        "round": 1,
+        "task": "words",
+    }
+    with pytest.raises(AdapterError, match="is neither core nor a head parameter"):
+        adapters.publish(tmp_path / "store", "client-0", stored.state, method="lora-sb", **told)
+    with pytest.raises(AdapterError, match="is neither B nor a head parameter"):
+        adapters.publish(tmp_path / "store", "client-0", stored.state, method="ffa-lora", **told)
+    torn = {name: tensor for name, tensor in stored.state.items() if not name.endswith("q_proj.A")}
+    with pytest.raises(AdapterError, match="q_proj lacks a part"):
+        adapters.publish(tmp_path / "store", "client-0", torn, method="lora", **told)
+    with pytest.raises(AdapterError, match="is of the method 'magic', which this version does not have"):
+        adapters.publish(tmp_path / "store", "client-0", stored.state, method="magic", **told)
+    with pytest.raises(AdapterError, match="in only one of model and adapter"):
+        opened(config(llama, words, "ffa-lora"), stored.state)
+
+
+@FAMILY
+def test_what_it_has_no_use_for_is_refused_by_name(method: str, llama: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=f'adapter.method = "{method}" has no basis for basis.source = "weights"'):
+        config(llama, words, method, basis={"source": "weights"})
+
+
+def test_a_scale_of_lora_sb_is_refused(llama: str, words: str) -> None:
+    with pytest.raises(ConfigError, match="lora-sb.* has no scale"):
+        config(llama, words, "lora-sb", adapter={"alpha": 8.0})
+
+
+def test_what_a_model_is_told_first_leaves_torchs_own_chance_alone(llama: str, words: str) -> None:
+    """PEFT draws a LoRA's A when it makes one."""
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    session = Session(config(llama, words, "lora"))
+    assert torch.equal(torch.rand(3), expected)
+    assert get_state(session.model).keys() == session.layout.unflatten(session.base_vector()).keys()
