@@ -7,9 +7,10 @@ client is promised (ε, 1/n) for the whole run, basis included, by the same acco
 and noise (`fedsb.training.private`) whatever the method; all run as `fedsb simulate` runs them. The peers are `lora`, PEFT's with
 A and B averaged apart (FedIT), and `ffa-lora`, with A frozen. All start from the same head, and train it along.
 
-Of a task's train file 320 rows are public (for the basis `public`) and 800 are for choosing learning rates; clients hold the
-rest. `--tune` runs the learning rates of `RATES` on those 800, with a seed of its own; otherwise each method runs at its rate in
-`BEST` and is scored on the test file. A result is one line of OUT/results.jsonl, written as soon as it is there; what is there
+Of a task's train file 320 rows are public (for the basis `public`; the peers never see them) and 800 are for choosing learning
+rates; clients hold the rest. `--tune` runs the learning rates of `RATES` on those 800, with a seed of its own; otherwise each
+method runs at its rate in `BEST`, one for all ε and numbers of clients, and is scored on the test file. The head's rate, the
+clip norm and the ranks are not tuned. A result is one line of OUT/results.jsonl, written as soon as it is there; what is there
 is not run again. Figures: mean accuracy over the seeds, with its standard deviation.
 """
 
@@ -26,6 +27,7 @@ from benchmarks import grid
 from benchmarks.harness import figure, report, say
 from fedsb.config import RunConfig
 from fedsb.data.seeds import generator
+from fedsb.store.files import staged_folder
 
 TASKS = ("sst2", "banking77")
 METHODS = ("sb-weights", "sb-public", "sb-sketch", "ffa-lora", "lora")
@@ -91,7 +93,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for results and split data; extended if it is there")
     parser.add_argument("--model", default="minilm-l6-v2")
     parser.add_argument("--tasks", default=",".join(TASKS))
-    parser.add_argument("--clients", default="3,20")
+    parser.add_argument("--clients", default="3,20", help="3, 20 or both")
     parser.add_argument("--epsilons", default="none,8,3,1")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seeds", default="0,1,2")
@@ -126,7 +128,7 @@ def best(task: str, method: str) -> float:
 
 def split(source: Path, target: Path) -> None:
     """Deal the rows of a train file into target/{clients,public,tuning}/{train,test}.jsonl, once and for all seeds alike."""
-    if (target / "tuning").exists():
+    if target.exists():
         return
     try:
         rows, test = ((source / f"{name}.jsonl").read_text().splitlines(keepends=True) for name in ("train", "test"))
@@ -135,10 +137,11 @@ def split(source: Path, target: Path) -> None:
     order = generator(0, "private-accuracy", source.name).permutation(len(rows)).tolist()
     public, held, clients = order[:PUBLIC], order[PUBLIC : PUBLIC + HELD_OUT], order[PUBLIC + HELD_OUT :]
     parts = {"public": (public, test), "clients": (clients, test), "tuning": (clients, [rows[i] for i in held])}
-    for name, (chosen, tested) in parts.items():
-        (target / name).mkdir(parents=True)
-        (target / name / "train.jsonl").write_text("".join(rows[i] for i in chosen))
-        (target / name / "test.jsonl").write_text("".join(tested))
+    with staged_folder(target) as staged:
+        for name, (chosen, tested) in parts.items():
+            (staged / name).mkdir()
+            (staged / name / "train.jsonl").write_text("".join(rows[i] for i in chosen))
+            (staged / name / "test.jsonl").write_text("".join(tested))
 
 
 def config_of(cell: Cell, options: argparse.Namespace) -> RunConfig:

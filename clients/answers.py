@@ -97,12 +97,15 @@ def sketch(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
     order = Order.of(content)
     session = open_session(order.run)
     site = site_of(node, session.config)
+    _check_stage(order, session.config)
     if session.config.privacy.secure_sum:
         secure.ready(content, session, site)  # before anything is paid for
     if session.config.privacy.unit == "none":
         vector = session.sketch(site)
     else:
         budget = Budget.of(session, site, policy)
+        if any(entry.what != SKETCH for entry in budget.own()):
+            raise PrivacyError(f"{site.name} has trained in this run already, and a sketch comes before that; start another run")
         work = session.sketch_private if session.config.privacy.unit == "record" else session.sketch_clipped
         vector = budget.release(SKETCH, content, 1, partial(work, site), sketch_mechanism(session.config, budget.units))
     identity = Identity(site.name, order.round, "", session.layout.fingerprint, model=session.model_sha256)
@@ -169,6 +172,7 @@ def secure_stage(
     order = Order.of(content)
     session = open_session(order.run)
     site = site_of(node, session.config)
+    _check_stage(order, session.config)
     if order.round:
         session.require(site, order.basis)
     identity = Identity(site.name, order.round, order.basis, session.layout.fingerprint, model=session.model_sha256)
@@ -228,6 +232,12 @@ def _train(
     if Order.of(content).round > 1:
         budget.catch_up(Order.of(content).round - 1)
     return budget.release(kind, content, 1, clipped), {}
+
+
+def _check_stage(order: Order, config: RunConfig) -> None:
+    """Before round 1 there is nothing but a sketch, and that only in a run whose basis comes from sketches."""
+    if not order.round and (config.basis.source != "sketch" or order.basis):
+        raise FedsbError("is asked for a sketch, which this run does not have; use the same version of fedsb everywhere")
 
 
 def _opened(content: RecordDict, node: Node) -> tuple[Order, Session, Site]:

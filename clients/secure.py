@@ -42,7 +42,7 @@ def ready(content: RecordDict, session: Session, site: Site) -> None:
 def mask(content: RecordDict, session: Session, site: Site, update: Tensor) -> ArrayRecord:
     """The masked update or sketch (size,); with privacy by client, its part of the noise is in it."""
     order, privacy = Order.of(content), session.config.privacy
-    if privacy.unit == "client" or (privacy.unit == "none" and not order.round):
+    if privacy.unit == "client" or not order.round:
         update = clip(update, privacy.clip_norm).vector  # nobody else can: the server sees no single one
     fixed = fixed_point_of(session.config, order.round, order.members)
     noisy = add_noise(update, noise_share(session.config, order.round, order.members), KeyStream()).clamp(

@@ -187,8 +187,8 @@ class Session:
         return encode(self.examples(site, split), self.tokenizer, data.max_length, data.system_prompt, self.config.model.kind)
 
     def use(self, basis: Basis) -> None:
-        """Put a basis in place; cores are zero until a state is loaded."""
-        give_basis(self.model, basis)
+        """Put a basis in place; a state must be loaded afterwards."""
+        give_basis(self.model, basis, self.config)
         self.basis = basis.fingerprint
 
     def _take(self, site: Site, basis: Basis) -> None:

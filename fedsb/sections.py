@@ -206,7 +206,9 @@ class PrivacySection(Section):
         0.2, description='share of ε that a basis from sketches may spend (only `basis.source = "sketch"`)'
     )
     clip_norm: PositiveFloat = Field(
-        1.0, description="largest L2 norm of one record's gradient (`record`) or of one client's update (`client`)"
+        1.0,
+        description="largest L2 norm of one record's gradient (`record`), of one client's update (`client`), and of any client's "
+        "sketch",
     )
     secure_sum: bool = Field(
         False,

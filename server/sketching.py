@@ -6,7 +6,7 @@ a secure sum the server sees what all of them add up to, and no single one.
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -33,7 +33,7 @@ from strategies.records import (
 )
 from strategies.rounds import Exchange, Traffic, wait_for_nodes
 from strategies.secure import Summing
-from strategies.sums import SECRETS, context_of, fixed_point_of
+from strategies.sums import LEAST, SECRETS, context_of, fixed_point_of
 
 Check = Callable[[int, Identity], None]
 
@@ -60,7 +60,8 @@ class Sketching:
         Raises FederationError if fewer than `federation.min_clients` sketches can be used, or too few for a secure sum.
         """
         federation = self.config.federation
-        nodes = wait_for_nodes(self.grid, federation.min_clients, federation.wait_seconds)
+        least = max(federation.min_clients, LEAST if self.config.privacy.secure_sum else 1)
+        nodes = wait_for_nodes(self.grid, least, federation.wait_seconds)
         self.tell("stage", title="sketching", clients=len(nodes))
         summed = self._secure(nodes) if self.config.privacy.secure_sum else self._plain(nodes)
         traffic = Traffic()
@@ -79,7 +80,7 @@ class Sketching:
             except ReplyError as error:
                 self._refuse(client, error)
                 continue
-            total.add(clip(vector, bound).vector if self.config.privacy.unit == "none" else vector)
+            total.add(clip(vector, bound).vector)
             self._count(client)
         self._silent(exchange.silent)
         if self.config.privacy.unit != "client":
@@ -87,11 +88,10 @@ class Sketching:
         return total.result()
 
     def _secure(self, nodes: list[int]) -> Tensor:
-        order = Order(self.config.to_json(), 0, "", members=len(nodes))
-        context = context_of(self.config, "", 0, self.plan.size, len(nodes))
-        summing = Summing(self._exchange, order, context, self._accepted, self._refuse, self._silent)
+        summing, shared = self._begin(nodes)
+        order, context = summing.order, summing.context
         messages = []
-        for node, shares in summing.begin(nodes).items():
+        for node, shares in shared.items():
             message = order_message(node, SKETCH, order)
             message.content[SECRETS] = shares
             messages.append(message)
@@ -105,10 +105,24 @@ class Sketching:
             self._count(client)
         self._silent(exchange.silent)
         self._enough(context.threshold)
-        fixed = fixed_point_of(self.config, 0, len(nodes))
-        total = fixed.decode(summing.total(), len(self.counted))
-        self.tell("secure-sum", round=0, asked=len(nodes), summed=len(self.counted), error=fixed.mean_error)
-        return torch.from_numpy(total).float()
+        fixed = fixed_point_of(self.config, 0, order.members)
+        total = summing.total(fixed, len(self.counted))
+        self.tell("secure-sum", round=0, asked=order.members, summed=len(self.counted), error=fixed.mean_error)
+        return total.float()
+
+    def _begin(self, nodes: list[int]) -> tuple[Summing, dict[int, ArrayRecord]]:
+        """Keys and shares. Once more with those who answered, if too many of the nodes may or will not take part: nothing has
+        been paid for yet."""
+        order = Order(self.config.to_json(), 0, "", members=len(nodes))
+        context = context_of(self.config, "", 0, self.plan.size, len(nodes))
+        summing = Summing(self._exchange, order, context, self._accepted, self._refuse, self._silent)
+        try:
+            return summing, summing.begin(nodes)
+        except FederationError:
+            there = sorted(summing.nodes.values())
+            if not LEAST <= len(there) < len(nodes):
+                raise
+            return self._begin(there)
 
     def _sum(self) -> Mean | PrivateMean:
         if self.config.privacy.unit != "client":

@@ -74,10 +74,10 @@ def unpack_state(record: object, dtype: str = "") -> Tensor:
 
 
 def pack_basis(basis: Basis) -> ArrayRecord:
-    """B, A and nothing else of a basis: what a client receives that cannot rebuild it."""
-    dtype = "bf16" if next(iter(basis.B.values())).dtype == torch.bfloat16 else "fp32"
+    """B, A and nothing else of a basis: what a client receives that cannot rebuild it. Empty if nothing is frozen."""
     sides = (("B", basis.B), ("A", basis.A))
-    return ArrayRecord({f"{side}:{name}": to_array(t, dtype) for side, tensors in sides for name, t in tensors.items()})
+    names = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+    return ArrayRecord({f"{side}:{name}": to_array(t, names[t.dtype]) for side, part in sides for name, t in part.items()})
 
 
 def unpack_basis(record: ArrayRecord) -> Basis:
@@ -86,8 +86,7 @@ def unpack_basis(record: ArrayRecord) -> Basis:
     for key, array in record.items():
         side, _, name = key.partition(":")
         sides[side][name] = from_array(array)
-    rank = next(iter(sides["B"].values())).shape[1]
-    return Basis(sides["B"], sides["A"], {name: torch.zeros(rank, rank) for name in sides["B"]})
+    return Basis(sides["B"], sides["A"], {name: torch.zeros(b.shape[1], b.shape[1]) for name, b in sides["B"].items()})
 
 
 @functools.cache

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
+from torch import Tensor
 
 from fedsb.aggregation.checks import check_weight
 from fedsb.aggregation.mean import Mean
 from fedsb.errors import FederationError, ReplyError, SecureSumError
-from fedsb.privacy.fixed_point import Words
+from fedsb.privacy.fixed_point import FixedPoint
 from fedsb.privacy.roster import Context
 from fedsb.privacy.secure_sum import SecureSum
 from fedsb.training.loop import round_plan
@@ -66,16 +67,20 @@ class Summing:
 
     def add(self, client: str, reply: Message) -> None:
         """Count a client's masked vector. Raises ReplyError if it must not be counted."""
+        self._check_node(client, reply)
         try:
             self.sum.add(client, unpack_payload(reply.content, ARRAYS))
         except SecureSumError as error:
             raise ReplyError(str(error)) from error
 
-    def total(self) -> Words:
-        """Ask the survivors what takes the masks off, and take them off. Raises FederationError if too few answer."""
+    def total(self, fixed: FixedPoint, count: int) -> Tensor:
+        """The sum (size,), fp64, of the vectors of `count` clients: ask them what takes the masks off, and take them off.
+
+        Raises FederationError if too few answer, or if what they sent is no sum of vectors within the bound.
+        """
         self._ask(REVEAL, self._ended(self.sum.survivors), self.sum.reveal)
         try:
-            return self.sum.total()
+            return torch.from_numpy(fixed.decode(self.sum.total(), count))
         except SecureSumError as error:
             raise FederationError(f"{self._place}: {error}; --resume tries again") from error
 
@@ -88,12 +93,17 @@ class Summing:
             messages.append(message)
         exchange = self.exchange()
         for client, reply in self.accepted(exchange(messages), NUMBERS_A_MEMBER * self.order.members):
-            self.nodes[client] = reply.metadata.src_node_id
             try:
+                self._check_node(client, reply)
                 take(client, unpack_payload(reply.content))
             except (ReplyError, SecureSumError) as error:
                 self.refuse(client, ReplyError(str(error)))
         self.silent(exchange.silent)
+
+    def _check_node(self, client: str, reply: Message) -> None:
+        """A name belongs to the node that bore it first."""
+        if self.nodes.setdefault(client, reply.metadata.src_node_id) != reply.metadata.src_node_id:
+            raise ReplyError(f"bears the name {client}, which another client has")
 
     def _ended(self, end: Callable[[], dict[str, bytes]]) -> dict[int, bytes]:
         """What goes out next, by node. Raises FederationError if too few are left."""
@@ -158,8 +168,8 @@ class SecureFedSB(FedSB):
         if count < max(self.summing.context.threshold, self.config.federation.min_clients):
             return None, None
         fixed = fixed_point_of(self.config, server_round, members)
-        total = fixed.decode(self.summing.total(), count)
+        total = self.summing.total(fixed, count)
         divisor = self.config.federation.clients if self.config.privacy.unit == "client" else count
-        record = pack_state(self.sent + torch.from_numpy(total / divisor).float(), self.config.federation.wire_dtype)
+        record = pack_state(self.sent + (total / divisor).float(), self.config.federation.wire_dtype)
         self.tell("secure-sum", round=server_round, asked=members, summed=count, error=fixed.mean_error)
         return record, MetricRecord({LOSS: float(losses.result()), "aggregation-error": math.nan, "clients": count})

@@ -66,12 +66,14 @@ def scale_of(config: RunConfig) -> float:
     return (config.adapter.alpha or config.adapter.rank) / config.adapter.rank
 
 
-def give_basis(model: nn.Module, basis: Basis) -> None:
+def give_basis(model: nn.Module, basis: Basis, config: RunConfig) -> None:
     """Put what is frozen and shared in place: B and A of LoRA-SB, A of FFA-LoRA, nothing of LoRA.
 
-    Raises BasisError if it was not made for these layers, before anything is changed.
+    Raises BasisError if it was not made for this method and these layers, before anything is changed.
     """
-    layers = layers_of(model)
+    layers, frames = layers_of(model), METHODS[config.adapter.method].frames
+    if {side for side, part in (("B", basis.B), ("A", basis.A)) if part} != set(frames):
+        raise BasisError(f"this basis was not made for adapter.method = {config.adapter.method}; use the one of its own run")
     if basis.B:
         set_basis(model, basis)
         return

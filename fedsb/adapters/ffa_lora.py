@@ -17,4 +17,5 @@ def _chain(parts: Parts, b: Tensor | None, a: Tensor | None, scale: float) -> tu
     return scale * parts["B"], a
 
 
-FFA_LORA = Method(lora_config, {"B": ("out", "r")}, ("A",), _chain, exact=True, rate=4e-3)
+SAYS = "Each layer computes `y = W0 x + (alpha/r) B A x`; A is frozen and the same for all sites, which train B."
+FFA_LORA = Method(lora_config, {"B": ("out", "r")}, ("A",), _chain, exact=True, says=SAYS, rate=4e-3)

@@ -32,4 +32,5 @@ def _chain(parts: Parts, b: Tensor | None, a: Tensor | None, scale: float) -> tu
     return scale * parts["B"], parts["A"]
 
 
-LORA = Method(lora_config, {"A": ("r", "in"), "B": ("out", "r")}, (), _chain, exact=False, rate=2e-3)
+SAYS = "Each layer computes `y = W0 x + (alpha/r) B A x`; the sites train A and B, which are averaged apart (FedIT)."
+LORA = Method(lora_config, {"A": ("r", "in"), "B": ("out", "r")}, (), _chain, exact=False, says=SAYS, rate=2e-3)

@@ -222,4 +222,5 @@ def _chain(parts: Parts, b: Tensor | None, a: Tensor | None, scale: float) -> tu
     return b, parts["core"], a
 
 
-LORA_SB = Method(_config, {"core": ("r", "r")}, ("B", "A"), _chain, exact=True)
+SAYS = "The sites share a frozen basis (B, A); each layer computes `y = W0 x + B R A x`, and only the r x r core R is trained."
+LORA_SB = Method(_config, {"core": ("r", "r")}, ("B", "A"), _chain, exact=True, says=SAYS)

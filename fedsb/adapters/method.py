@@ -21,6 +21,7 @@ class Method:
         frames: which of B and A are frozen and shared by all; they are the basis.
         chain: (parts, B, A, α / r) → matrices whose product, from left to right, is the update of the weight (out, in).
         exact: whether the mean of the parts is the mean of the updates, whatever the clients send.
+        says: one sentence for the card of an exported adapter.
         rate: AdamW's learning rate for `train.learning_rate = "auto"`; None: by rank and basis (`fedsb.training.loop`).
     """
 
@@ -29,6 +30,7 @@ class Method:
     frames: tuple[str, ...]
     chain: Chain
     exact: bool
+    says: str
     rate: float | None = None
 
     def fits(self, part: str, shape: tuple[int, ...], rank: int) -> bool:

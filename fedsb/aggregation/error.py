@@ -15,7 +15,8 @@ class AggregationError:
     """‖mean_i(w_i·ΔW_i) - ΔW̄‖_F / ‖mean_i(w_i·ΔW_i)‖_F over all layers, estimated with random probes; ΔW̄ is the aggregate's.
 
     For a Gaussian probe v, E‖M·v‖² = ‖M‖_F², so each client's update is applied to the same few probes instead of being
-    formed (out x in numbers a layer). Memory: PROBES columns a layer. All in fp64.
+    formed (out x in numbers a layer). A frozen A is applied to the probes once. Memory: PROBES columns a layer, and a frozen B.
+    All in fp64.
 
     Args:
         method: says what an update is (`Method.chain`).
@@ -30,11 +31,11 @@ class AggregationError:
     ) -> None:
         self._method, self._scale = method, scale
         self._b = {name: b.double() for name, b in basis.B.items()}
-        self._a = {name: a.double() for name, a in basis.A.items()}
         self._out = {name: shape[0] for name, shape in sorted(shapes.items())}  # a basis read from disk has another order
         self._probes = {
             name: torch.randn(in_, PROBES, dtype=torch.float64, generator=generator) for name, (_, in_) in sorted(shapes.items())
         }
+        self._a = {name: a.double() @ self._probes[name] for name, a in basis.A.items()}  # (r, PROBES), instead of A
         self.start()
 
     def start(self) -> None:
@@ -60,7 +61,10 @@ class AggregationError:
     def _apply(self, name: str, state: Mapping[str, Tensor]) -> Tensor:
         """A layer's update times its probes (out, PROBES)."""
         parts = {part: state[f"{name}.{part}"].double() for part in self._method.parts}
-        applied = self._probes[name]
-        for matrix in reversed(self._method.chain(parts, self._b.get(name), self._a.get(name), self._scale)):
+        chain = self._method.chain(parts, self._b.get(name), self._a.get(name), self._scale)
+        if "A" not in self._method.frames:
+            chain = (*chain, self._probes[name])
+        *matrices, applied = chain
+        for matrix in reversed(matrices):
             applied = matrix @ applied
         return applied

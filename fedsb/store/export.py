@@ -191,6 +191,8 @@ def _guard(out: Path) -> None:
 def _card(stored: StoredAdapter, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     manifest = stored.manifest
     trained = sum(tensor.numel() for tensor in stored.state.values())
+    method = METHODS[manifest.method]
+    basis = f"| basis fingerprint | `{manifest.basis_fingerprint}` |\n" if method.frames else ""
     privacy = "none" if manifest.epsilon is None else f"ε = {manifest.epsilon:g} spent by this client"
     return f"""---
 base_model: {json.dumps(manifest.base_model.name)}
@@ -209,12 +211,10 @@ tags: [fedsb, {manifest.method}, {str(config["peft_type"]).lower()}]
 | task | {manifest.task} |
 | round | {manifest.round} |
 | differential privacy | {privacy} |
-| basis fingerprint | `{manifest.basis_fingerprint}` |
-| published | {manifest.created} |
+{basis}| published | {manifest.created} |
 
-Trained with FedSB: the sites of a federation share a frozen basis (B, A); each layer computes
-`y = W0 x + s B R A x`, only the r x r core R is trained, the server averages the cores of {manifest.round} rounds, and
-this client went on from that average on its own data. The files' SHA-256 are in `manifest.json`.
+Trained with FedSB. {method.says} The server averaged what they sent in each of {manifest.round} rounds, and
+this client went on from the last average on its own data. The files' SHA-256 are in `manifest.json`.
 
 {_how_to_load(stored, config)}"""
 

@@ -289,4 +289,9 @@ def test_the_table_of_methods_builds_what_it_says() -> None:
     for name, method in METHODS.items():
         config = method.config(RANK, float(RANK), {"target_modules": "all-linear"})
         assert config.peft_type.value == ("FEDSB" if name == "lora-sb" else "LORA")
-        assert set(method.frames) <= {"B", "A"} and all(method.fits(part, (RANK,) * 2, RANK) for part in method.parts)
+        assert set(method.frames) <= {"B", "A"} and method.parts
+        sizes = {"out": 7, "in": 9, "r": RANK}
+        for part, letters in method.parts.items():
+            shape = tuple(sizes[letter] for letter in letters)
+            assert method.fits(part, shape, RANK) and not method.fits(part, shape, RANK + 1)
+            assert not method.fits(part, (*shape, 1), RANK) and not method.fits("other", shape, RANK)

@@ -15,7 +15,7 @@ from fedsb.adapters.methods import METHODS
 from fedsb.adapters.state import HEAD, get_state, layers_of, set_state
 from fedsb.cli.evaluate import evaluate_run
 from fedsb.config import RunConfig
-from fedsb.errors import AdapterError, ConfigError, StoreError
+from fedsb.errors import AdapterError, BasisError, ConfigError, StoreError
 from fedsb.models import device_of, load_model, locate
 from fedsb.privacy.accounting import epsilon
 from fedsb.store import adapters
@@ -24,7 +24,7 @@ from fedsb.store.export import export_core, export_lora
 from fedsb.store.ledger import NAME, Ledger
 from fedsb.training.loop import round_plan
 from fedsb.training.start import build_basis
-from strategies.records import ARRAYS, TRAIN, unpack_state
+from strategies.records import ARRAYS, PREPARE, TRAIN, pack_basis, unpack_basis, unpack_state
 from tests.federation.tiny import (
     classification,
     config_of,
@@ -179,6 +179,8 @@ def test_an_unmodified_peft_reads_the_export(method: str, bert: str, labels: str
     loaded = PeftModel.from_pretrained(load_model(source, run.model, 3, device_of("cpu")), folder)
     torch.testing.assert_close(loaded(input_ids=TOKENS).logits, ours, rtol=1e-4, atol=1e-5)
     assert not any("fedsb" in name for name in load_file(folder / "adapter_model.safetensors"))
+    card = (folder / "README.md").read_text()
+    assert METHODS[method].says in card and ("basis fingerprint" in card) == bool(METHODS[method].frames)
 
 
 @FAMILY
@@ -195,7 +197,14 @@ def test_half_as_much_travels_with_a_frozen_and_shared_a(llama: str, words: str,
     whole, half = (
         federate(config(llama, words, method), tmp_path / method)["trainable_parameters"] for method in ("lora", "ffa-lora")
     )
-    assert half < whole
+    shapes = [
+        (layer.out_features, layer.in_features) for layer in layers_of(Session(config(llama, words, "lora")).model).values()
+    ]
+    assert half == sum(4 * out for out, _ in shapes) and whole == half + sum(4 * in_ for _, in_ in shapes)
+    run = config(llama, words, "ffa-lora")
+    trained = opened(run, final_state(tmp_path / "ffa-lora"))
+    for name, layer in layers_of(started(run).model).items():
+        assert torch.equal(layer.lora_A["default"].weight, layers_of(trained.model)[name].lora_A["default"].weight)
     one, other = (
         {name: layer.lora_A["default"].weight for name, layer in layers_of(started(run).model).items()}
         for run in (
@@ -272,3 +281,42 @@ def test_what_a_model_is_told_first_leaves_torchs_own_chance_alone(llama: str, w
     session = Session(config(llama, words, "lora"))
     assert torch.equal(torch.rand(3), expected)
     assert get_state(session.model).keys() == session.layout.unflatten(session.base_vector()).keys()
+
+
+@EVERY
+def test_a_client_that_says_it_has_another_basis_is_sent_this_one_and_then_refused(
+    method: str, llama: str, words: str, tmp_path: Path
+) -> None:
+    run = config(llama, words, method, federation={"rounds": 1})
+
+    def lie(kind: str, client: int, reply: Message) -> list[Message]:
+        if kind == PREPARE and client == 1:
+            reply.content["identity"]["basis"] = "0" * 64
+        return [reply]
+
+    grid = twisted(run, tmp_path, lie)
+    federate(run, tmp_path, grid=grid)
+    assert [kind for kind, client in grid.asked if client == 1].count(PREPARE) >= 2
+    assert "holds another basis, although it was sent this one" in {e["reason"] for e in events(tmp_path, "refused")}
+    assert {e["client"] for e in events(tmp_path, "reply")} == {"client-0", "client-2"}
+
+
+def test_a_basis_survives_the_wire_whatever_it_has(llama: str, words: str) -> None:
+    for method in METHODS:
+        run = config(llama, words, method)
+        session = Session(run)
+        basis = build_basis(run, session.model, session.tokenizer, session.device)
+        assert unpack_basis(pack_basis(basis)).fingerprint == basis.fingerprint
+
+
+def test_a_basis_of_another_method_is_refused(llama: str, words: str) -> None:
+    bases = {}
+    for method in METHODS:
+        session = Session(config(llama, words, method))
+        bases[method] = build_basis(session.config, session.model, session.tokenizer, session.device)
+    for method in METHODS:
+        session = Session(config(llama, words, method))
+        for other, basis in bases.items():
+            if other != method:
+                with pytest.raises(BasisError, match=f"was not made for adapter.method = {method}"):
+                    session.use(basis)

@@ -6,20 +6,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 
+from clients.answers import answer
 from clients.session import Session, Site
 from fedsb.basis.frames import Basis
 from fedsb.basis.sketch import sketched_basis
 from fedsb.config import RunConfig
-from fedsb.errors import ConfigError, FederationError
+from fedsb.errors import ConfigError, FederationError, FedsbError
 from fedsb.privacy.accounting import epsilon
 from fedsb.privacy.clipping import clip
 from fedsb.privacy.mechanism import sketch_mechanism
 from fedsb.store.basis_files import load_basis
 from fedsb.store.ledger import NAME, Entry, Ledger, spent
-from strategies.records import ARRAYS, METRICS, SKETCH, pack_state, unpack_state
-from strategies.sums import ADVERTISE, PAYLOAD, REVEAL, SHARE, noise_share
+from strategies.records import ARRAYS, CONFIG, METRICS, SKETCH, Order, pack_state, unpack_state
+from strategies.sums import ADVERTISE, PAYLOAD, REVEAL, SHARE, noise_share, pack_payload
 from tests.federation.tiny import classification, config_of, events, federate, final_state, table
 from tests.federation.twisted import failure, twisted
 
@@ -171,9 +172,12 @@ def test_what_it_cannot_be_combined_with_is_refused(privacy: dict[str, Any], sai
         config(llama, words, privacy)
 
 
-def test_one_client_counts_for_no_more_than_the_clip_norm(llama: str, words: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("privacy", [{}, {"unit": "record", "epsilon": 1e3}])
+def test_one_client_counts_for_no_more_than_the_clip_norm(
+    privacy: dict[str, Any], llama: str, words: str, tmp_path: Path
+) -> None:
     """Also without privacy, and also if it does not clip by itself."""
-    run, sent = config(llama, words, {"clip_norm": 0.5}), {}
+    run, sent = config(llama, words, {"clip_norm": 0.5, **privacy}), {}
 
     def shout(kind: str, client: int, reply: Message) -> list[Message]:
         if kind == SKETCH:
@@ -263,7 +267,19 @@ def test_with_too_few_sketches_nothing_is_learned_and_the_run_ends(llama: str, w
 
 def test_a_private_sketch_is_summed_in_secret_too(llama: str, words: str, tmp_path: Path) -> None:
     run = secured(llama, words, unit="record", epsilon=20.0)
-    federate(run, tmp_path)
+    seen: list[list[str]] = []
+
+    def watch(kind: str, client: int, reply: Message) -> list[Message]:
+        if kind == SKETCH:
+            seen.append(list(reply.content[ARRAYS]))
+        return [reply]
+
+    federate(run, tmp_path, grid=twisted(run, tmp_path, watch))
+    assert seen == [[PAYLOAD]] * 4
+    session, exact = Session(run), 0
+    for i in range(4):
+        exact = exact + clip(session.sketch(Site(f"client-{i}", i, tmp_path)), 0.5).vector
+    assert overlap(sketched_basis(session.sketcher().plan, exact), basis_of(tmp_path)) < 0.9, "there is noise in it"
     assert entries(tmp_path)[0].what == SKETCH and spent(entries(tmp_path), 1 / 5).best <= 20.0
 
 
@@ -279,3 +295,49 @@ def test_by_client_the_clients_add_the_noise_of_the_sketch(llama: str, words: st
     for i in range(4):
         exact = exact + clip(session.sketch(Site(f"client-{i}", i, tmp_path)), 0.5).vector
     assert overlap(sketched_basis(session.sketcher().plan, exact), basis_of(tmp_path)) < 0.9
+
+
+def test_the_sum_begins_anew_with_those_who_may_take_part(llama: str, words: str, tmp_path: Path) -> None:
+    """Five are connected and two refuse: four of five would be needed, three of three are there."""
+    run = secured(llama, words)
+    run = run.model_copy(update={"federation": run.federation.model_copy(update={"clients": 5})})
+
+    def refuse(kind: str, client: int, reply: Message) -> list[Message]:
+        return [failure(reply)] if client > 2 and not events(tmp_path, "round") else [reply]
+
+    federate(run, tmp_path, grid=twisted(run, tmp_path, refuse))
+    told = [(event["round"], event["asked"], event["summed"]) for event in events(tmp_path, "secure-sum")]
+    assert told == [(0, 3, 3), (1, 3, 3)]
+
+
+@pytest.mark.parametrize("stage", [SKETCH, "train"])
+def test_numbers_that_are_no_vectors_end_the_round_and_lose_nothing(stage: str, llama: str, words: str, tmp_path: Path) -> None:
+    run = secured(llama, words)
+
+    def garble(kind: str, client: int, reply: Message) -> list[Message]:
+        if kind == stage and client == 1:
+            size = len(reply.content[ARRAYS][PAYLOAD].data)
+            reply.content[ARRAYS] = pack_payload(np.random.default_rng(0).bytes(size))
+        return [reply]
+
+    place = "the sum of sketches" if stage == SKETCH else "round 1"
+    with pytest.raises(FederationError, match=f"{place}: .*--resume tries again"):
+        federate(run, tmp_path, grid=twisted(run, tmp_path, garble))
+    assert (tmp_path / "events.jsonl").exists()
+    federate(run, tmp_path, resume=True)
+
+
+def test_a_sketch_is_given_only_before_training_and_in_a_run_that_has_one(llama: str, words: str, tmp_path: Path) -> None:
+    run = config(llama, words, {"unit": "record", "epsilon": 20.0})
+    federate(run, tmp_path)
+    node = {"partition-id": 0, "num-partitions": 3, "folder": str(tmp_path / "sites")}
+
+    def ask(config: RunConfig) -> None:
+        answer(SKETCH, RecordDict({CONFIG: Order(config.to_json(), 0, "").record()}), node)
+
+    before = entries(tmp_path)
+    with pytest.raises(FedsbError, match="has trained in this run already, and a sketch comes before that"):
+        ask(run)
+    with pytest.raises(FedsbError, match="is asked for a sketch, which this run does not have"):
+        ask(config_of(table(llama, words)))
+    assert entries(tmp_path) == before
