@@ -2,6 +2,7 @@
 
 import json
 import socket
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -104,18 +105,18 @@ def test_a_port_in_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert not (tmp_path / "home").exists()
 
 
-def test_an_expired_certificate_starts_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr(certs, "SERVER_DAYS", -1)
-        patched.setattr(certs, "EARLY", certs.EARLY * 3)
-        certs.make_authority(tmp_path / "home" / "tls")
-    assert call("up", "--home", str(tmp_path / "home")) == 2
-    assert "`fedsb certs --renew` makes a new one" in capsys.readouterr().err
-    assert not (tmp_path / "home" / "supervisord.conf").exists()
-    assert call("certs", "--renew", "--home", str(tmp_path / "home")) == 0
-    certs.check_valid(Home(tmp_path / "home").tls.server)
+def test_an_expired_certificate_starts_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with tempfile.TemporaryDirectory(prefix="fedsb-") as short:  # pytest's own folders may be too long for a Unix socket
+        home = Path(short) / "home"
+        with monkeypatch.context() as patched:
+            patched.setattr(certs, "SERVER_DAYS", -1)
+            patched.setattr(certs, "EARLY", certs.EARLY * 3)
+            certs.make_authority(home / "tls")
+        assert call("up", "--home", str(home)) == 2
+        assert "`fedsb certs --renew` makes a new one" in capsys.readouterr().err
+        assert not (home / "supervisord.conf").exists()
+        assert call("certs", "--renew", "--home", str(home)) == 0
+        certs.check_valid(Home(home).tls.server)
     assert "(396 days)" in capsys.readouterr().out
 
 
