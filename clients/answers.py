@@ -97,7 +97,7 @@ def sketch(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
     order = Order.of(content)
     session = open_session(order.run)
     site = site_of(node, session.config)
-    _check_stage(order, session.config)
+    _check_stage(order, session.config, sketching=True)
     if session.config.privacy.secure_sum:
         secure.ready(content, session, site)  # before anything is paid for
     if session.config.privacy.unit == "none":
@@ -116,6 +116,7 @@ def sketch(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
 def train(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
     """One round: the global core in, the locally trained core out."""
     order, session, site = _opened(content, node)
+    _check_stage(order, session.config, sketching=False)
     if session.config.privacy.secure_sum:
         secure.ready(content, session, site)  # before anything is paid for
     vector, metrics = _train(content, TRAIN, session, site, policy, round_plan(session.config, order.round))
@@ -172,7 +173,7 @@ def secure_stage(
     order = Order.of(content)
     session = open_session(order.run)
     site = site_of(node, session.config)
-    _check_stage(order, session.config)
+    _check_stage(order, session.config, sketching=not order.round)
     if order.round:
         session.require(site, order.basis)
     identity = Identity(site.name, order.round, order.basis, session.layout.fingerprint, model=session.model_sha256)
@@ -234,10 +235,12 @@ def _train(
     return budget.release(kind, content, 1, clipped), {}
 
 
-def _check_stage(order: Order, config: RunConfig) -> None:
-    """Before round 1 there is nothing but a sketch, and that only in a run whose basis comes from sketches."""
-    if not order.round and (config.basis.source != "sketch" or order.basis):
+def _check_stage(order: Order, config: RunConfig, *, sketching: bool) -> None:
+    """Raise FedsbError, before anything is paid for, unless sketches are of round 0 and all else of the rounds after it."""
+    if sketching and (order.round or order.basis or config.basis.source != "sketch"):
         raise FedsbError("is asked for a sketch, which this run does not have; use the same version of fedsb everywhere")
+    if not sketching and order.round < 1:
+        raise FedsbError(f"is asked to train in round {order.round}, which is none; use the same version of fedsb everywhere")
 
 
 def _opened(content: RecordDict, node: Node) -> tuple[Order, Session, Site]:

@@ -63,7 +63,7 @@ class Trained:
 
 class Session:
     """The frozen model with its adapter, and what to do with it. Everything it computes depends on its arguments alone, except
-    `train_private`, whose noise nobody can know."""
+    `train_private` and `sketch_private`, whose noise nobody can know."""
 
     def __init__(self, config: RunConfig) -> None:
         if config.runtime.threads:

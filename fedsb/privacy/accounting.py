@@ -6,7 +6,7 @@ neighbours if one record (or client) is in only one of them.
 
 PRV: Gopi, Lee, Wutschitz, "Numerical composition of differential privacy", arXiv 2106.02848; what is returned is its upper
 bound. RDP: Mironov, Talwar, Zhang, "Rényi differential privacy of the sampled Gaussian mechanism", arXiv 1908.10530; always
-a valid bound, and a looser one. Both are shown; PRV decides.
+a valid bound, and a looser one. Both are shown; the smaller decides, but a site's cap is counted by RDP.
 """
 
 import math

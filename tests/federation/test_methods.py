@@ -25,6 +25,7 @@ from fedsb.store.ledger import NAME, Ledger
 from fedsb.training.loop import round_plan
 from fedsb.training.start import build_basis
 from strategies.records import ARRAYS, PREPARE, TRAIN, pack_basis, unpack_basis, unpack_state
+from strategies.sums import PAYLOAD
 from tests.federation.tiny import (
     classification,
     config_of,
@@ -230,7 +231,18 @@ def test_private_by_record_and_by_client_and_under_a_secure_sum(method: str, ber
                 data={"partition": "iid"},
             )
         )
-        federate(run, tmp_path / unit)
+        shown: list[list[str]] = []
+
+        def watch(kind: str, client: int, reply: Message, shown: list[list[str]] = shown) -> list[Message]:
+            if kind == TRAIN:
+                shown.append(list(reply.content[ARRAYS]))
+            return [reply]
+
+        federate(run, tmp_path / unit, grid=twisted(run, tmp_path / unit, watch))
+        assert shown == [[PAYLOAD if unit == "client" else "state"]] * 4
+        federate(run, tmp_path / f"{unit} again")
+        again = final_state(tmp_path / f"{unit} again")
+        assert not any(torch.equal(tensor, again[name]) for name, tensor in final_state(tmp_path / unit).items()), "noise"
         found = Ledger(tmp_path / unit / "sites" / "client-0" / NAME, "client-0").entries()
         units = found[0].records if unit == "record" else 4
         assert 0 < epsilon([entry.release for entry in found], 1 / units).best <= 8.0

@@ -152,22 +152,25 @@ def test_a_resumed_run_asks_again_and_pays_nothing_twice(llama: str, words: str,
         assert [entry.round for entry in entries(tmp_path / "run", name)] == [1, 2, 3, 3]
 
 
-def test_a_run_whose_budget_is_spent_can_still_be_resumed(llama: str, words: str, tmp_path: Path) -> None:
-    """The server dies when all is paid for but not all has arrived; then once more when the run is over."""
+def cut_short(run: RunConfig, folder: Path, at: str) -> None:
+    """A run whose server dies when client 2 has answered `at`."""
 
     class Died(Exception):
         pass
 
-    run = config(llama, words)
-
     def die(kind: str, client: int, reply: Message) -> list[Message]:
-        if kind == PERSONALISE and client == 2 and not (tmp_path / "died").exists():
-            (tmp_path / "died").touch()
+        if kind == at and client == 2:
             raise Died
         return [reply]
 
     with pytest.raises(Died):
-        federate(run, tmp_path / "run", grid=twisted(run, tmp_path / "run", die))
+        federate(run, folder, grid=twisted(run, folder, die))
+
+
+def test_a_run_whose_budget_is_spent_can_still_be_resumed(llama: str, words: str, tmp_path: Path) -> None:
+    """The server dies when all is paid for but not all has arrived; then once more when the run is over."""
+    run = config(llama, words)
+    cut_short(run, tmp_path / "run", PERSONALISE)
     paid = {name: entries(tmp_path / "run", name) for name in run.client_names}
     assert all(len(found) == 4 for found in paid.values())
     for _ in range(2):
@@ -178,20 +181,8 @@ def test_a_run_whose_budget_is_spent_can_still_be_resumed(llama: str, words: str
 
 def test_what_may_change_on_resume_is_not_in_the_question(llama: str, words: str, tmp_path: Path) -> None:
     """More strikes, other threads: the round that was lost is not paid again."""
-
-    class Died(Exception):
-        pass
-
     run = config(llama, words, {"rounds": 1})
-
-    def die(kind: str, client: int, reply: Message) -> list[Message]:
-        if kind == TRAIN and client == 2 and not (tmp_path / "died").exists():
-            (tmp_path / "died").touch()
-            raise Died
-        return [reply]
-
-    with pytest.raises(Died):
-        federate(run, tmp_path / "run", grid=twisted(run, tmp_path / "run", die))
+    cut_short(run, tmp_path / "run", TRAIN)
     content = json.loads(run.to_json())
     content["federation"]["strikes"], content["federation"]["round_seconds"] = 9, 77.0
     federate(config_of(content), tmp_path / "run", resume=True)

@@ -19,7 +19,7 @@ from fedsb.privacy.clipping import clip
 from fedsb.privacy.mechanism import sketch_mechanism
 from fedsb.store.basis_files import load_basis
 from fedsb.store.ledger import NAME, Entry, Ledger, spent
-from strategies.records import ARRAYS, CONFIG, METRICS, SKETCH, Order, pack_state, unpack_state
+from strategies.records import ARRAYS, CONFIG, METRICS, SKETCH, TRAIN, Order, pack_state, unpack_state
 from strategies.sums import ADVERTISE, PAYLOAD, REVEAL, SHARE, noise_share, pack_payload
 from tests.federation.tiny import classification, config_of, events, federate, final_state, table
 from tests.federation.twisted import failure, twisted
@@ -332,12 +332,17 @@ def test_a_sketch_is_given_only_before_training_and_in_a_run_that_has_one(llama:
     federate(run, tmp_path)
     node = {"partition-id": 0, "num-partitions": 3, "folder": str(tmp_path / "sites")}
 
-    def ask(config: RunConfig) -> None:
-        answer(SKETCH, RecordDict({CONFIG: Order(config.to_json(), 0, "").record()}), node)
+    def ask(config: RunConfig, kind: str = SKETCH, server_round: int = 0, basis: str = "") -> None:
+        state = pack_state(torch.zeros(Session(config).layout.size), "fp32")
+        answer(kind, RecordDict({CONFIG: Order(config.to_json(), server_round, basis).record(), ARRAYS: state}), node)
 
     before = entries(tmp_path)
     with pytest.raises(FedsbError, match="has trained in this run already, and a sketch comes before that"):
         ask(run)
     with pytest.raises(FedsbError, match="is asked for a sketch, which this run does not have"):
         ask(config_of(table(llama, words)))
+    with pytest.raises(FedsbError, match="is asked for a sketch, which this run does not have"):
+        ask(run, server_round=1)
+    with pytest.raises(FedsbError, match="is asked to train in round 0, which is none"):
+        ask(run, TRAIN, basis=basis_of(tmp_path).fingerprint)
     assert entries(tmp_path) == before
