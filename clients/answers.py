@@ -32,6 +32,7 @@ from strategies.records import (
     EVALUATE,
     EXACT_MATCH,
     EXAMPLES,
+    FOLDS,
     KEPT,
     LOSS,
     PERSONALISE,
@@ -45,6 +46,7 @@ from strategies.records import (
     pack_state,
     reply_content,
     unpack_basis,
+    unpack_folds,
     unpack_state,
 )
 from strategies.sums import ADVERTISE, REVEAL, SECRETS, SHARE
@@ -153,15 +155,14 @@ def evaluate(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
         raise PrivacyError('privacy.scores = "withheld": scores on test sets are not told in this run')
     metrics: dict[str, int | float] = {}
     for which in order.which.split(","):
-        if which == "global":
-            vector = unpack_state(content.get(ARRAYS))
-        elif which == "base":
-            vector = session.base_vector()
+        if which == "base":
+            score = session.score_base(site)
+        elif which == "global":
+            score = session.score(site, unpack_state(content.get(ARRAYS)))
         elif _personal_file(site, session.config).exists():
-            vector = session.layout.flatten(load_tensors(_personal_file(site, session.config))[0])
+            score = session.score(site, session.layout.flatten(load_tensors(_personal_file(site, session.config))[0]))
         else:
             continue
-        score = session.score(site, vector)
         metrics |= {EXAMPLES: score.n, f"{which}-{LOSS}": score.loss, f"{which}-{EXACT_MATCH}": score.exact_match}
     return reply_content(_identity(order, session, site), metrics)
 
@@ -247,7 +248,8 @@ def _opened(content: RecordDict, node: Node) -> tuple[Order, Session, Site]:
     order = Order.of(content)
     session = open_session(order.run)
     site = site_of(node, session.config)
-    session.require(site, order.basis)
+    folds = content.get(FOLDS)
+    session.require(site, order.basis, order.before, unpack_folds(folds) if isinstance(folds, ArrayRecord) else ())
     return order, session, site
 
 

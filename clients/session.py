@@ -1,6 +1,7 @@
 """What a client's process keeps between messages: base model, basis, tokenised data. One session serves every client of
 a simulation; on a real site there is one client to it."""
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedsb.adapters.attach import attach, give_basis, initial_state, layout_of
+from fedsb.adapters.attach import attach, give_basis, initial_state, layout_of, model_section
+from fedsb.adapters.folding import fold_into
 from fedsb.adapters.state import get_state, layers_of, parameters_of, set_state
-from fedsb.basis.frames import Basis
+from fedsb.basis.frames import Basis, Fold, folded_fingerprint
 from fedsb.config import RunConfig
 from fedsb.data.batches import Encoded, draw, encode
 from fedsb.data.examples import Example
@@ -73,11 +75,13 @@ class Session:
         source = locate(config.model.source)
         self.model_sha256 = source.sha256
         self.tokenizer = load_tokenizer(source)
-        self.model = attach(load_model(source, config.model, len(labels_of(config)) or None, self.device), config)
+        self.model = attach(load_model(source, model_section(config), len(labels_of(config)) or None, self.device), config)
         self.transformer = self.model.get_base_model()
         self.parameters = parameters_of(self.model)
         self.layout = layout_of(self.model)
         self.basis = ""
+        self.folds: Sequence[Fold] = ()
+        self.pristine: dict[str, Tensor] = {}
         self.examples = lru_cache(maxsize=KEPT_SPLITS)(self._examples)
         self.rows = lru_cache(maxsize=KEPT_SPLITS)(self._rows)
 
@@ -93,9 +97,11 @@ class Session:
             self._take(site, build_basis(self.config, self.model, self.tokenizer, self.device))
         return self.basis if _basis_file(site, self.basis).exists() else ""
 
-    def require(self, site: Site, wanted: str) -> None:
-        """Have the basis that a state belongs to. Raises BasisError if it was never prepared here."""
-        if self.basis != wanted and not self._restore(site, wanted):
+    def require(self, site: Site, wanted: str, before: str = "", folds: Sequence[Fold] = ()) -> None:
+        """Have the basis that a state belongs to: prepared here, or the one `before` with `folds` on top. Raises BasisError."""
+        if self.basis == wanted and _basis_file(site, wanted).exists():
+            return
+        if not self._restore(site, wanted) and not self._go_on(site, wanted, before, folds):
             raise BasisError(f"{site.name} was never given basis {wanted[:12]}; the server must prepare it first")
 
     def train(self, site: Site, vector: Tensor, plan: Plan) -> Trained:
@@ -150,10 +156,20 @@ class Session:
 
     def sketcher(self) -> Sketcher:
         """What sketches the gradient that training starts from, with the base model's cores and the head of the seed."""
+        self.folds, self.basis = (), ""
+        fold_into(layers_of(self.model), self.folds, self.pristine)
         set_state(self.model, initial_state(self.layout, self.config.seed))
         layers = {name: layer.get_base_layer() for name, layer in layers_of(self.model).items()}
         plan = sketch_plan(self.config, self.model)
         return Sketcher(plan, layers, self.transformer, self.config.model.kind, self.tokenizer.pad_token_id)
+
+    def score_base(self, site: Site) -> Score:
+        """Score the base model, without what was folded into its weights."""
+        fold_into(layers_of(self.model), (), self.pristine)
+        try:
+            return self.score(site, self.base_vector())
+        finally:
+            fold_into(layers_of(self.model), self.folds, self.pristine)
 
     def score(self, site: Site, vector: Tensor) -> Score:
         """Score a state on the client's own test set."""
@@ -189,6 +205,8 @@ class Session:
     def use(self, basis: Basis) -> None:
         """Put a basis in place; a state must be loaded afterwards."""
         give_basis(self.model, basis, self.config)
+        self.folds, self.basis = basis.folds, ""
+        fold_into(layers_of(self.model), self.folds, self.pristine)
         self.basis = basis.fingerprint
 
     def _take(self, site: Site, basis: Basis) -> None:
@@ -200,6 +218,16 @@ class Session:
         if not _basis_file(site, wanted).exists():
             return False
         self.use(load_basis(site.folder, wanted))
+        return True
+
+    def _go_on(self, site: Site, wanted: str, before: str, folds: Sequence[Fold]) -> bool:
+        """Take the basis that comes from one on the site's disk by folding in more, if that is so."""
+        if not folds or functools.reduce(folded_fingerprint, folds, before) != wanted or not _basis_file(site, before).exists():
+            return False
+        held = load_basis(site.folder, before)
+        basis = functools.reduce(Basis.fold, folds, held)
+        self.use(basis)
+        save_basis(site.folder, basis, held)
         return True
 
 

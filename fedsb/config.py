@@ -9,6 +9,7 @@ import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 from pydantic import Field, model_validator
@@ -32,6 +33,14 @@ from fedsb.sections import (
 )
 from fedsb.validation import set_key, validated
 
+ANY = ("random", "weights", "public", "sketch")
+SOURCES: dict[str, tuple[str, ...]] = {  # method → what `basis.source` may be, the default first; of others `random` alone
+    "lora-sb": ANY,
+    "lora-xs": ("weights",),
+    "lora-ga": ("sketch", "public"),
+}
+FOLDING = ("fedex-lora", "flora-stacking")  # what they add to the weights takes each client's own factors
+
 
 class RunConfig(Section):
     """A whole run. Immutable; equal configurations have equal digests."""
@@ -48,6 +57,16 @@ class RunConfig(Section):
     privacy: PrivacySection = Field(default_factory=lambda: PrivacySection.model_validate({}))
     evaluation: EvaluationSection = Field(default_factory=lambda: EvaluationSection.model_validate({}))
     runtime: RuntimeSection = Field(default_factory=lambda: RuntimeSection.model_validate({}))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_the_methods_own_basis(cls, table: Any) -> Any:
+        """Let `basis.source` be by default what the method has."""
+        try:
+            source = SOURCES[table["adapter"]["method"]][0]
+            return {**table, "basis": {"source": source, **table.get("basis", {})}}
+        except (KeyError, TypeError):  # no such default, or a table that the fields will refuse
+            return table
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
@@ -67,13 +86,23 @@ class RunConfig(Section):
             raise ValueError("federation.over_sample has nobody more to ask where fraction = 1; lower federation.fraction")
         if (self.basis.source == "public") != (self.basis.public is not None):
             raise ValueError('basis.source = "public" and a [basis.public] section go together; set both or neither')
-        if self.adapter.method != "lora-sb" and self.basis.source != "random":
+        sources = SOURCES.get(self.adapter.method, ("random",))
+        if self.basis.source not in sources:
             raise ValueError(
-                f'adapter.method = "{self.adapter.method}" has no basis for basis.source = "{self.basis.source}"; leave '
-                'basis.source out, or set adapter.method = "lora-sb"'
+                f'adapter.method = "{self.adapter.method}" has no basis for basis.source = "{self.basis.source}"; set it to '
+                f'{" or ".join(sources)}, or adapter.method = "lora-sb"'
             )
         if self.adapter.method == "lora-sb" and self.adapter.alpha is not None:
             raise ValueError('adapter.alpha scales LoRA, and adapter.method = "lora-sb" has no scale; drop it')
+        if self.adapter.method in (*FOLDING, "lora-ga") and self.model.dtype == "bf16":
+            raise ValueError(
+                f'adapter.method = "{self.adapter.method}" adds to the base model\'s weights what model.dtype = "bf16" would '
+                'round away; leave model.dtype out, or set adapter.method = "lora-sb"'
+            )
+        if self.adapter.method in FOLDING and self.federation.wire_dtype == "bf16":
+            raise ValueError(
+                f'adapter.method = "{self.adapter.method}" is exact only with federation.wire_dtype = "fp32"; leave it out'
+            )
         if self.basis.source != "public" and (self.basis.r0 == "paper" or self.basis.sign):
             raise ValueError('basis.r0 = "paper" and basis.sign need basis.source = "public"; drop them or change the source')
         if self.data.partition == "task" and self.federation.clients < len(self.data.tasks):
@@ -119,6 +148,11 @@ class RunConfig(Section):
             raise ValueError("with privacy data.tasks of a site's own take no `train`: which rows it draws depends on all")
         if self.basis.source == "sketch" and privacy.unit != "none" and privacy.epsilon is None:
             raise ValueError('basis.source = "sketch" with privacy needs privacy.epsilon, of which it takes its share; set it')
+        if self.adapter.method in FOLDING and (privacy.secure_sum or privacy.unit == "client"):
+            raise ValueError(
+                f'adapter.method = "{self.adapter.method}" takes each client\'s own factors, which privacy.secure_sum and '
+                'privacy.unit = "client" hide; set adapter.method = "lora-sb", or privacy.unit = "record"'
+            )
         if privacy.secure_sum and (federation.weighting != "uniform" or federation.over_sample > 1):
             raise ValueError('privacy.secure_sum needs federation.weighting = "uniform" and federation.over_sample = 1; set them')
         if privacy.secure_sum and federation.clients < 3 and self.data.partition != "own":

@@ -81,11 +81,14 @@ class DataSection(Section):
 class AdapterSection(Section):
     """`[adapter]`: what is trained."""
 
-    method: Literal["lora-sb", "lora", "ffa-lora"] = Field("lora-sb", description="the way of adapting, a row of docs/methods.md")
+    method: Literal["lora-sb", "lora-xs", "lora", "ffa-lora", "fedex-lora", "flora-stacking", "lora-ga"] = Field(
+        "lora-sb", description="the way of adapting, a row of docs/methods.md"
+    )
     rank: PositiveInt = Field(64, description="r: a core has r x r numbers, LoRA's factors r x in and out x r")
     alpha: PositiveFloat | None = Field(
         None,
-        description="LoRA's α: updates are scaled by α / rank; by default the rank (not for `lora-sb`, which has no scale)",
+        description="LoRA's α: updates are scaled by α / rank (`lora-ga`: α / √rank); by default the rank (not for `lora-sb`, "
+        "which has no scale)",
     )
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
         "all-linear", description="names of the linear layers to adapt; all of them except the output head"
@@ -99,7 +102,8 @@ class BasisSection(Section):
         "random",
         description="`random`: orthonormal from the seed, 0 bytes; `weights`: leading singular vectors of W0, no data; "
         "`public`: SVD of the first update, estimated at the server on public examples; `sketch`: from the sum of the clients' "
-        "sketches of their first gradients, which with privacy is paid for like everything else",
+        "sketches of their first gradients, which with privacy is paid for like everything else. `lora-xs` has `weights` and no "
+        "other, `lora-ga` `sketch` or `public`",
     )
     r0: Literal["zero", "paper"] = Field(
         "zero", description="the core at the start: 0, or the paper's diag(S) of the estimated update (only `public`)"
@@ -123,7 +127,8 @@ class TrainSection(Section):
     learning_rate: PositiveFloat | Literal["auto"] = Field(
         "auto",
         description="AdamW's learning rate; `auto`: 0.64 / rank, with a `public` or `sketch` basis 0.32 / rank "
-        "(as for rank 16 below it); of `lora` 2e-3, of `ffa-lora` 4e-3",
+        "(as for rank 16 below it); of `lora`, `fedex-lora` and `flora-stacking` 2e-3, of `ffa-lora` and `lora-xs` 4e-3, of "
+        "`lora-ga` 1e-4",
     )
     head_learning_rate: PositiveFloat = Field(
         5e-3, description="AdamW's learning rate for a classification head that is trained along"

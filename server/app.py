@@ -57,7 +57,7 @@ def federate(config: RunConfig, grid: Grid, folder: Path, journal: Journal, home
         first=done + 1,
         last=rounds,
         seconds=seconds,
-        admit=lambda: run.admit(basis),
+        admit=lambda: run.admit(strategy.shared.basis),
         before_round=run.announce,
         after_round=run.checkpoint,
     )

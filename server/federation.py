@@ -9,9 +9,9 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 
-from fedsb.adapters.attach import attach, initial_state, layout_of, scale_of, shapes_of
+from fedsb.adapters.attach import attach, layout_of, model_section, scale_of, shapes_of, start_state
 from fedsb.adapters.methods import METHODS
-from fedsb.adapters.state import CORE, Layout
+from fedsb.adapters.state import Layout
 from fedsb.aggregation.checks import Strikes, check_equal, check_size
 from fedsb.aggregation.error import AggregationError
 from fedsb.basis.frames import Basis
@@ -19,12 +19,12 @@ from fedsb.basis.spectral import seeded
 from fedsb.config import RunConfig
 from fedsb.data.tasks import labels_of
 from fedsb.deploy.home import Home
-from fedsb.errors import BasisError, FederationError, ReplyError, StoreError
+from fedsb.errors import BasisError, FederationError, ReplyError
 from fedsb.models import device_of, load_model, load_tokenizer, locate, outline_model
 from fedsb.report.journal import Journal
 from fedsb.sections import SITE_NAME
 from fedsb.store import adapters, checkpoint
-from fedsb.store.basis_files import load_basis, save_basis
+from fedsb.store.basis_files import first_basis, load_basis, save_basis
 from fedsb.store.files import read_events
 from fedsb.training.loop import personal_plan
 from fedsb.training.start import basis_source, build_basis, can_rebuild, needs_weights, sketch_plan
@@ -52,6 +52,7 @@ from strategies.records import (
 )
 from strategies.rounds import Exchange, RoundResult, Traffic, wait_for_nodes
 from strategies.secure import SecureFedSB
+from strategies.shared import Shared
 
 
 class Federation:
@@ -67,6 +68,7 @@ class Federation:
         self.roster: dict[int, str] = {}
         self.names: dict[int, str] = {}  # of every node that was ever in the roster
         self.pauses: dict[int, tuple[int, int]] = {}  # node → rounds until it is asked again, of so many in this pause
+        self.shared: Shared | None = None
         self.traffic = Traffic()
         self.history: list[dict[str, Any]] = []
         self.last = checkpoint.latest(folder, config.digest())
@@ -84,9 +86,9 @@ class Federation:
     def choose_basis(self) -> Basis:
         """Step 1: build the basis, or take the one that this run has already."""
         started = time.monotonic()
-        stored = sorted((self.folder / "basis").glob("*.safetensors"))
-        if stored:
-            basis = load_basis(self.folder, stored[0].stem)
+        stored = load_basis(self.folder, self.last.basis_fingerprint) if self.last else first_basis(self.folder)
+        if stored is not None:
+            basis = stored
         elif self.config.basis.source == "sketch":
             plan = sketch_plan(self.config, self._model(with_weights=False))
             basis, moved = Sketching(self.config, self.grid, plan, self._check_who, self.journal.tell).basis()
@@ -155,13 +157,13 @@ class Federation:
         method, probes = METHODS[self.config.adapter.method], seeded(self.config.seed, "probe")
         error = AggregationError(method, basis, self.shapes, scale_of(self.config), probes)
         kind = SecureFedSB if self.config.privacy.secure_sum else FedSB
-        return kind(self.config, self.layout, basis.fingerprint, self.roster, self.strikes, error, self.journal.tell)
+        return kind(self.config, self.layout, self._shared(basis), self.roster, self.strikes, error, self.journal.tell)
 
     def restore_or_start(self, basis: Basis) -> tuple[int, ArrayRecord]:
         """The last finished round and its state; before the first round, the core at the start."""
         last = self.last
         if last is None:
-            state = initial_state(self.layout, self.config.seed) | {name + CORE: r0 for name, r0 in basis.R0.items()}
+            state = start_state(self.layout, basis, self.config)
             return 0, pack_state(self.layout.flatten(state), self.config.federation.wire_dtype)
         if last.basis_fingerprint != basis.fingerprint:
             raise BasisError(f"{self.folder}: the checkpoint is of another basis than basis/; choose another --out")
@@ -190,7 +192,10 @@ class Federation:
         }
         self.history.append(entry)
         state = self.layout.unflatten(unpack_state(result.arrays))
-        basis = self._stored_basis()
+        assert self.shared is not None
+        if self.shared.before is not None:
+            save_basis(self.folder, self.shared.basis, self.shared.before)
+        basis = self.shared.basis.fingerprint
         progress = {"bytes": vars(self.traffic), "history": self.history, "strikes": self.strikes.counts}
         digest, model = self.config.digest(), self.source.sha256
         checkpoint.save(self.folder, checkpoint.Checkpoint(result.round, state, digest, basis, model, progress))
@@ -211,7 +216,7 @@ class Federation:
         self.journal.tell("stage", title="personalising", clients=len(missing))
         exchange = Exchange(self.grid, self.config.federation.round_seconds)
         order = strategy.order(rounds)
-        messages = [order_message(node, PERSONALISE, order, state) for _, node in sorted((n, i) for i, n in missing.items())]
+        messages = [strategy.question(node, PERSONALISE, order, state) for _, node in sorted((n, i) for i, n in missing.items())]
         strategy.expect(state, personal_plan(self.config), "fp32")
         for client, reply in strategy.accepted(rounds, exchange(messages), self.layout.size):
             try:
@@ -269,7 +274,7 @@ class Federation:
     def _model(self, *, with_weights: bool) -> Any:
         section, device = self.config.model, device_of(self.config.runtime.device)
         if with_weights:
-            return attach(load_model(self.source, section, self.labels, device), self.config)
+            return attach(load_model(self.source, model_section(self.config), self.labels, device), self.config)
         return attach(outline_model(self.source, section, self.labels), self.config)
 
     def _prepare(self, basis: Basis, nodes: list[int], arrays: ArrayRecord | None, online: set[int]) -> dict[int, str]:
@@ -305,6 +310,7 @@ class Federation:
                 for gone in [other for other, name in self.roster.items() if name == identity.client]:
                     del self.roster[gone]  # the same client under a new node id
                 self.roster[node] = self.names[node] = identity.client
+                self._shared(basis).has_all(identity.client)
                 self.journal.tell("prepared", client=identity.client)
         self.traffic.basis += exchange.traffic.down if arrays is not None else 0
         self.traffic.down += exchange.traffic.down if arrays is None else 0
@@ -326,11 +332,10 @@ class Federation:
         for node in nodes:
             self.journal.tell(event, round=server_round, client=names.get(node, f"node {node}"))
 
-    def _stored_basis(self) -> str:
-        stored = sorted((self.folder / "basis").glob("*.safetensors"))
-        if not stored:
-            raise StoreError(f"{self.folder}/basis is empty; the run cannot go on without its basis")
-        return stored[0].stem
+    def _shared(self, basis: Basis) -> Shared:
+        if self.shared is None:
+            self.shared = Shared(basis)
+        return self.shared
 
 
 def _known(value: Any) -> float | None:

@@ -13,13 +13,14 @@ from torch import Tensor
 from fedsb.aggregation.checks import check_equal, check_size, check_vector
 from fedsb.aggregation.mean import Mean
 from fedsb.aggregation.private import PrivateMean
-from fedsb.basis.frames import DTYPES, Basis
+from fedsb.basis.frames import Basis
 from fedsb.basis.sketch import SketchPlan, sketched_basis
 from fedsb.config import RunConfig
 from fedsb.errors import FederationError, ReplyError
 from fedsb.privacy.clipping import clip
 from fedsb.privacy.mechanism import sketch_mechanism
 from fedsb.privacy.noise import KeyStream
+from fedsb.training.start import basis_of_gradients
 from strategies.records import (
     ARRAYS,
     SKETCH,
@@ -67,7 +68,7 @@ class Sketching:
         traffic = Traffic()
         for exchange in self.exchanges:
             traffic.add(exchange.traffic)
-        return sketched_basis(self.plan, summed).to(DTYPES[self.config.basis.dtype]), traffic
+        return basis_of_gradients(self.config, sketched_basis(self.plan, summed)), traffic
 
     def _plain(self, nodes: list[int]) -> Tensor:
         """Each sketch is clipped once more, so that no client counts for more than it may."""

@@ -5,9 +5,10 @@ Fine-Tuning", arXiv 2502.15436, section 3. This file translates between messages
 arithmetic of its own.
 """
 
+import dataclasses
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,9 +17,12 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
+from fedsb.adapters.attach import restarted, scale_of
+from fedsb.adapters.methods import METHODS
 from fedsb.adapters.state import HEAD, Layout
 from fedsb.aggregation.checks import Reach, Strikes, check_equal, check_size, check_vector, check_weight
 from fedsb.aggregation.error import AggregationError
+from fedsb.aggregation.folding import fold_of
 from fedsb.aggregation.mean import Mean
 from fedsb.aggregation.private import PrivateMean
 from fedsb.config import RunConfig
@@ -31,6 +35,7 @@ from strategies.records import (
     EVALUATE,
     EXACT_MATCH,
     EXAMPLES,
+    FOLDS,
     LOSS,
     METRICS,
     SECONDS,
@@ -41,12 +46,14 @@ from strategies.records import (
     largest_reply,
     metric,
     order_message,
+    pack_folds,
     pack_state,
     reason_of,
     size_of,
     unpack_state,
 )
 from strategies.rounds import Exchange
+from strategies.shared import Shared
 
 Tell = Callable[..., None]
 
@@ -57,7 +64,7 @@ class FedSB(Strategy):
     Args:
         config: the run.
         layout: names and shapes of a state.
-        basis: fingerprint of the basis.
+        shared: the basis, and who has which of it.
         roster: node id → client name, kept up to date by the server; who is left out goes from it.
         strikes: refused replies so far.
         error: measures the aggregation error on the real matrices.
@@ -68,21 +75,36 @@ class FedSB(Strategy):
         self,
         config: RunConfig,
         layout: Layout,
-        basis: str,
+        shared: Shared,
         roster: MutableMapping[int, str],
         strikes: Strikes,
         error: AggregationError,
         tell: Tell,
     ) -> None:
-        self.config, self.layout, self.basis = config, layout, basis
+        self.config, self.layout, self.shared = config, layout, shared
+        self.method, self.scale = METHODS[config.adapter.method], scale_of(config)
         self.roster, self.strikes, self.error, self.tell = roster, strikes, error, tell
         self.private = config.privacy.unit != "none"
         self.stream = KeyStream()
         self.exchanges: list[Exchange] = []  # of the round, besides that of training
 
+    @property
+    def basis(self) -> str:
+        """Fingerprint of the basis as it is now."""
+        return self.shared.basis.fingerprint
+
     def order(self, server_round: int, which: str = "", members: int = 0) -> Order:
         """What clients are told in a round."""
         return Order(self.config.to_json(), server_round, self.basis, which, members=members)
+
+    def question(self, node: int, kind: str, order: Order, arrays: ArrayRecord | None = None) -> Message:
+        """A message to one node, with what it lacks of the basis."""
+        before, folds = self.shared.lacks(self.roster.get(node, ""))
+        if not folds:
+            return order_message(node, kind, order, arrays)
+        message = order_message(node, kind, dataclasses.replace(order, before=before), arrays)
+        message.content[FOLDS] = pack_folds(folds)
+        return message
 
     def sample(self, server_round: int) -> tuple[list[int], int]:
         """Nodes of the clients drawn for a round, and how many usable replies are wanted of them.
@@ -105,7 +127,7 @@ class FedSB(Strategy):
         """The global state to every client drawn for this round."""
         nodes, self.wanted = self.sample(server_round)
         self.expect(arrays, round_plan(self.config, server_round), self.config.federation.wire_dtype)
-        return [order_message(node, TRAIN, self.order(server_round), arrays) for node in nodes]
+        return [self.question(node, TRAIN, self.order(server_round), arrays) for node in nodes]
 
     def expect(self, arrays: ArrayRecord, plan: Plan, dtype: Literal["fp32", "bf16"]) -> None:
         """Remember which states can come back from this one, and in which dtype, for `accepted` and `usable`."""
@@ -132,6 +154,7 @@ class FedSB(Strategy):
             return self._aggregate_private(server_round, replies)
         federation = self.config.federation
         mean, losses = Mean(self.layout.size), Mean(1)
+        kept: list[tuple[Tensor, float]] = []  # by methods that need them one by one
         self.error.start()
         for client, reply in self.accepted(server_round, replies, self.layout.size):
             try:
@@ -145,6 +168,8 @@ class FedSB(Strategy):
             weight = float(counted) if federation.weighting == "examples" else 1.0
             mean.add(vector, weight)
             losses.add(vector.new_tensor([loss]), weight)
+            if self.method.fold:
+                kept.append((vector, weight))
             self.error.add(self.layout.unflatten(vector), weight)
             told = {} if self.private else {"examples": examples, "loss": loss, "seconds": seconds}
             self.tell("reply", round=server_round, client=client, norm=norm, **told)
@@ -152,11 +177,24 @@ class FedSB(Strategy):
                 break
         if mean.count < federation.min_clients:
             return None, None
-        average = mean.result()
-        record = pack_state(average, self.config.federation.wire_dtype)
+        state = self._fold(server_round, kept, mean.result())
+        record = pack_state(state, self.config.federation.wire_dtype)
         distance = self.error.result(self.layout.unflatten(unpack_state(record)))  # of what the clients will get
         metrics = MetricRecord({LOSS: float(losses.result()), "aggregation-error": distance, "clients": mean.count})
         return record, metrics
+
+    def _fold(self, server_round: int, clients: Sequence[tuple[Tensor, float]], mean: Tensor) -> Tensor:
+        """The state that goes out next: the mean; or, where the method folds something into the weights, what is left."""
+        if self.method.fold is None:
+            return mean
+        states, average = [(self.layout.unflatten(vector), weight) for vector, weight in clients], self.layout.unflatten(mean)
+        fold = fold_of(self.method.fold, states, average, self.scale)
+        if any(u.shape[1] for u, _ in fold.values()):  # one client alone leaves nothing
+            self.shared.fold(fold)
+            self.error.fold(fold)
+        if self.method.restarts:
+            average = restarted(self.layout, self.config.seed, server_round, average)
+        return self.layout.flatten(average)
 
     def _aggregate_private(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord]:
         """The mean under privacy by client. However few answer there is one, since how many do is private."""
@@ -184,7 +222,7 @@ class FedSB(Strategy):
         the state goes along only where `global` is asked."""
         which = str(config["which"])
         order, state = self.order(server_round, which), arrays if "global" in which.split(",") else None
-        return [order_message(node, EVALUATE, order, state) for _, node in sorted((n, i) for i, n in self.roster.items())]
+        return [self.question(node, EVALUATE, order, state) for _, node in sorted((n, i) for i, n in self.roster.items())]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Means over all test examples, such as `global-loss` and `global-exact-match`; and `n`, how many they are."""
@@ -247,6 +285,7 @@ class FedSB(Strategy):
                 self.refuse(server_round, client, error)
                 continue
             answered.add(client)
+            self.shared.has_all(client)
             yield client, reply
 
     def usable(self, reply: Message) -> tuple[Tensor, float]:

@@ -6,7 +6,7 @@ fingerprint. bf16 goes over the wire as bf16, which Flower's `Array` does not kn
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
@@ -15,13 +15,14 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedsb.basis.frames import Basis
+from fedsb.basis.frames import Basis, Fold
 from fedsb.errors import ReplyError
 from fedsb.report.units import one_line
 
 PREPARE, TRAIN, PERSONALISE, EVALUATE = "query.prepare", "train", "train.personalise", "evaluate"
 SKETCH = "query.sketch"
 ARRAYS, CONFIG, METRICS, IDENTITY, BASIS = "arrays", "config", "metrics", "identity", "basis"
+FOLDS = "folds"  # beside a question: what was folded into the weights since the client was last asked
 EXAMPLES, LOSS, SECONDS, EXACT_MATCH = "num-examples", "loss", "seconds", "exact-match"
 STATE = "state"
 SHARED = ("fedsb", "flwr")
@@ -74,19 +75,38 @@ def unpack_state(record: object, dtype: str = "") -> Tensor:
 
 
 def pack_basis(basis: Basis) -> ArrayRecord:
-    """B, A and nothing else of a basis: what a client receives that cannot rebuild it. Empty if nothing is frozen."""
+    """B, A and the folds of a basis: what a client receives that cannot rebuild it. Empty if there is nothing."""
     sides = (("B", basis.B), ("A", basis.A))
     names = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-    return ArrayRecord({f"{side}:{name}": to_array(t, names[t.dtype]) for side, part in sides for name, t in part.items()})
+    frames = {f"{side}:{name}": to_array(t, names[t.dtype]) for side, part in sides for name, t in part.items()}
+    return ArrayRecord({**frames, **pack_folds(basis.folds)})
 
 
 def unpack_basis(record: ArrayRecord) -> Basis:
     """The inverse of `pack_basis`; R0 is zero, since the server sends the core at the start with the first round."""
     sides: dict[str, dict[str, Tensor]] = {"B": {}, "A": {}}
-    for key, array in record.items():
-        side, _, name = key.partition(":")
-        sides[side][name] = from_array(array)
-    return Basis(sides["B"], sides["A"], {name: torch.zeros(b.shape[1], b.shape[1]) for name, b in sides["B"].items()})
+    for side, _, name, array in ((*key.partition(":"), array) for key, array in record.items()):
+        if side in sides:
+            sides[side][name] = from_array(array)
+    zeros = {name: torch.zeros(b.shape[1], b.shape[1]) for name, b in sides["B"].items()}
+    return functools.reduce(Basis.fold, unpack_folds(record), Basis(sides["B"], sides["A"], zeros))
+
+
+def pack_folds(folds: Sequence[Fold]) -> ArrayRecord:
+    """Folds, oldest first, as they travel."""
+    pairs = [(number, name, pair) for number, fold in enumerate(folds) for name, pair in fold.items()]
+    return ArrayRecord(
+        {f"{side}{n}:{name}": to_array(t, "fp32") for n, name, pair in pairs for side, t in zip("UV", pair, strict=True)}
+    )
+
+
+def unpack_folds(record: ArrayRecord) -> list[Fold]:
+    """The inverse; what else the record holds is passed over."""
+    found: dict[int, dict[str, dict[str, Tensor]]] = {}
+    for side, _, name, array in ((*key.partition(":"), array) for key, array in record.items()):
+        if side[1:].isdecimal():
+            found.setdefault(int(side[1:]), {}).setdefault(name, {})[side[0]] = from_array(array)
+    return [{name: (pair["U"], pair["V"]) for name, pair in found[number].items()} for number in sorted(found)]
 
 
 @functools.cache
@@ -105,6 +125,7 @@ class Order:
         basis: fingerprint of the basis that states in this message belong to.
         which: for `evaluate`: some of `WHICH`, with commas.
         versions: of the server's packages (`shared_versions`).
+        before: fingerprint of the basis that the `folds` in this message make `basis`, if there are any.
         members: how many clients are asked to take part in the secure sum that this belongs to; 0: there is none.
     """
 
@@ -114,6 +135,7 @@ class Order:
     which: str = ""
     versions: str = field(default_factory=shared_versions)
     members: int = 0
+    before: str = ""
 
     def record(self) -> ConfigRecord:
         """As it travels."""
@@ -125,6 +147,7 @@ class Order:
                 "which": self.which,
                 "versions": self.versions,
                 "members": self.members,
+                "before": self.before,
             }
         )
 
@@ -133,9 +156,9 @@ class Order:
         """Read the order of a message's content. Raises ReplyError if it has none."""
         try:
             config = content[CONFIG]
-            run, basis, which, versions = (str(config[key]) for key in ("run", "basis", "which", "versions"))
+            run, basis, which, versions, before = (str(config[key]) for key in ("run", "basis", "which", "versions", "before"))
             number, members = int(config["round"]), int(config["members"])  # type: ignore[arg-type]
-            return cls(run, number, basis, which, versions, members)
+            return cls(run, number, basis, which, versions, members, before)
         except (KeyError, TypeError, ValueError) as error:
             raise ReplyError(
                 f"the question lacks {str(error).strip(chr(39))}; use the same version of fedsb everywhere"

@@ -1,21 +1,23 @@
 """Putting the adapter that a configuration asks for onto a base model."""
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft import TaskType, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from fedsb.adapters.lora import start_of_a
 from fedsb.adapters.methods import METHODS
-from fedsb.adapters.state import HEAD, Layout, State, layers_of, parameters_of
+from fedsb.adapters.state import CORE, HEAD, Layout, State, layers_of, parameters_of
 from fedsb.adapters.tuner import set_basis
 from fedsb.basis.frames import Basis
 from fedsb.basis.spectral import check_rank, seeded
 from fedsb.config import RunConfig
 from fedsb.errors import AdapterError, BasisError
+from fedsb.sections import ModelSection
 
 HEAD_SPREAD = 0.02  # standard deviation of a new head's weights, as transformers initialises them
 
@@ -47,6 +49,12 @@ def attach(model: Any, config: RunConfig) -> Any:
         ) from error
     layers = layers_of(peft_model)
     check_rank(shapes_of(peft_model), adapter.rank)
+    smallest = min(min(shape) for shape in shapes_of(peft_model).values())
+    if method.start is not None and 2 * adapter.rank > smallest:
+        raise BasisError(
+            f"adapter.method = {adapter.method} takes 2 · adapter.rank = {2 * adapter.rank} directions of each layer's gradient, "
+            f"and the smallest has {smallest}; lower the rank to {smallest // 2}"
+        )
     adapted = [f".{name}" for name in layers]
     missed = [t for t in targets if not any(name.endswith(f".{t}") for name in adapted)] if isinstance(targets, list) else []
     if missed:
@@ -62,18 +70,32 @@ def attach(model: Any, config: RunConfig) -> Any:
 
 
 def scale_of(config: RunConfig) -> float:
-    """α / r: what an update of the LoRA family is scaled by. 1 unless `adapter.alpha` is set."""
-    return (config.adapter.alpha or config.adapter.rank) / config.adapter.rank
+    """α/r, or α/√r where the method says so, by which LoRA's updates are scaled; α = r unless `adapter.alpha` is set."""
+    rank = config.adapter.rank
+    return (config.adapter.alpha or rank) / (rank**0.5 if METHODS[config.adapter.method].rslora else rank)
+
+
+def model_section(config: RunConfig) -> ModelSection:
+    """How to load the base model: in fp32 where something is added to its weights, which bf16 would round away."""
+    folds = METHODS[config.adapter.method].folds
+    return config.model.model_copy(update={"dtype": "fp32"}) if folds else config.model
 
 
 def give_basis(model: nn.Module, basis: Basis, config: RunConfig) -> None:
-    """Put what is frozen and shared in place: B and A of LoRA-SB, A of FFA-LoRA, nothing of LoRA.
+    """Put what is frozen and shared in place: B and A of LoRA-SB, A of FFA-LoRA, nothing of LoRA. What is folded into the weights
+    is not put there (`fold_into`).
 
     Raises BasisError if it was not made for this method and these layers, before anything is changed.
     """
-    layers, frames = layers_of(model), METHODS[config.adapter.method].frames
-    if {side for side, part in (("B", basis.B), ("A", basis.A)) if part} != set(frames):
+    layers, method = layers_of(model), METHODS[config.adapter.method]
+    frames, started = method.frames, method.start is not None
+    if {side for side, part in (("B", basis.B), ("A", basis.A)) if part} != set(frames) or (
+        method.fold is None and len(basis.folds) != started
+    ):
         raise BasisError(f"this basis was not made for adapter.method = {config.adapter.method}; use the one of its own run")
+    shapes = shapes_of(model)
+    if any((u.shape[0], v.shape[1]) != shapes.get(name) for fold in basis.folds for name, (u, v) in fold.items()):
+        raise BasisError("what this basis adds to the weights is for other layers; use the one that was built for this model")
     if basis.B:
         set_basis(model, basis)
         return
@@ -108,14 +130,29 @@ def layout_of(model: nn.Module) -> Layout:
     return Layout(tuple((name, tuple(p.shape)) for name, p in parameters_of(model).items()))
 
 
-def initial_state(layout: Layout, seed: int) -> State:
+def start_state(layout: Layout, basis: Basis, config: RunConfig) -> State:
+    """The state before the first round: the base model's, but for what a basis says of it: R0, or LoRA-GA's A and B."""
+    state = initial_state(layout, config.seed) | {name + CORE: r0 for name, r0 in basis.R0.items()}
+    start, scale = METHODS[config.adapter.method].start, scale_of(config)
+    for name, parts in start(basis, scale).items() if start else ():
+        state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+    return state
+
+
+def restarted(layout: Layout, seed: int, server_round: int, state: Mapping[str, Tensor]) -> State:
+    """A state whose adapters start anew after a round, with A of its own, while heads go on."""
+    fresh = initial_state(layout, seed, f"round {server_round}")
+    return fresh | {name: tensor for name, tensor in state.items() if name.startswith(HEAD)}
+
+
+def initial_state(layout: Layout, seed: int, *role: str) -> State:
     """The base model as a state, from which everybody starts: cores and B zero, A and the head's weights from the seed."""
     state = {}
     for name, shape in layout.shapes:
         if name.startswith(HEAD) and len(shape) > 1:
             state[name] = torch.randn(shape, generator=seeded(seed, name)) * HEAD_SPREAD
         elif name.endswith(".A") and not name.startswith(HEAD):
-            state[name] = start_of_a(shape, seeded(seed, name))
+            state[name] = start_of_a(shape, seeded(seed, name, *role))
         else:
             state[name] = torch.zeros(shape)
     return state

@@ -1,14 +1,18 @@
 """What a method is: one entry of `METHODS`, made in the method's own file."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from peft import PeftConfig
 from torch import Tensor
 
+from fedsb.basis.frames import Basis
+
 Parts = Mapping[str, Tensor]  # what is trained in one layer: part → tensor
 Chain = Callable[[Parts, Tensor | None, Tensor | None, float], tuple[Tensor, ...]]
+FoldOf = Callable[[Sequence[Parts], Sequence[float], Parts, float], tuple[Tensor, Tensor]]
+Start = Callable[[Basis, float], dict[str, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,11 @@ class Method:
         chain: (parts, B, A, α / r) → matrices whose product, from left to right, is the update of the weight (out, in).
         exact: whether the mean of the parts is the mean of the updates, whatever the clients send.
         says: one sentence for the card of an exported adapter.
+        fold: (clients' parts, their shares of the mean, the mean of the parts, scale) → U (out, k), V (k, in) of a layer: what is
+            added to W0 after a round, since a state cannot hold it. It takes each client's own parts, so there is no secure sum.
+        restarts: whether the parts start anew after each round.
+        start: (basis, scale) → the parts of each layer before the first round, where they follow from the basis.
+        rslora: whether updates are scaled by α/√r instead of α/r.
         rate: AdamW's learning rate for `train.learning_rate = "auto"`; None: by rank and basis (`fedsb.training.loop`).
     """
 
@@ -31,7 +40,16 @@ class Method:
     chain: Chain
     exact: bool
     says: str
+    fold: FoldOf | None = None
+    restarts: bool = False
+    start: Start | None = None
+    rslora: bool = False
     rate: float | None = None
+
+    @property
+    def folds(self) -> bool:
+        """Whether something is added to W0: once at the start, or after each round."""
+        return self.fold is not None or self.start is not None
 
     def fits(self, part: str, shape: tuple[int, ...], rank: int) -> bool:
         """Whether a part of some layer can have this shape at this rank."""

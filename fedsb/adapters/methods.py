@@ -1,12 +1,20 @@
 """The table of methods: the names that configurations use, and what each is made of."""
 
+from fedsb.adapters.fedex_lora import FEDEX_LORA
 from fedsb.adapters.ffa_lora import FFA_LORA
+from fedsb.adapters.flora_stacking import FLORA_STACKING
 from fedsb.adapters.lora import LORA
+from fedsb.adapters.lora_ga import LORA_GA
 from fedsb.adapters.lora_sb import LORA_SB
+from fedsb.adapters.lora_xs import LORA_XS
 from fedsb.adapters.method import Method
 
 METHODS: dict[str, Method] = {
     "lora-sb": LORA_SB,
+    "lora-xs": LORA_XS,
     "lora": LORA,
     "ffa-lora": FFA_LORA,
+    "fedex-lora": FEDEX_LORA,
+    "flora-stacking": FLORA_STACKING,
+    "lora-ga": LORA_GA,
 }

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedsb.adapters.method import Method
-from fedsb.basis.frames import Basis
+from fedsb.basis.frames import Basis, Fold
 
 PROBES = 4
 
@@ -35,8 +35,16 @@ class AggregationError:
         self._probes = {
             name: torch.randn(in_, PROBES, dtype=torch.float64, generator=generator) for name, (_, in_) in sorted(shapes.items())
         }
+        self._folded = {name: torch.zeros(out, PROBES, dtype=torch.float64) for name, out in self._out.items()}
+        for fold in basis.folds:
+            self.fold(fold)
         self._a = {name: a.double() @ self._probes[name] for name, a in basis.A.items()}  # (r, PROBES), instead of A
         self.start()
+
+    def fold(self, more: Fold) -> None:
+        """Count what was added to the weights: an update is all that differs from the base model."""
+        for name, (u, v) in more.items():
+            self._folded[name] = self._folded[name] + u.double() @ (v.double() @ self._probes[name])
 
     def start(self) -> None:
         """Forget the last round."""
@@ -46,7 +54,7 @@ class AggregationError:
     def add(self, state: Mapping[str, Tensor], weight: float) -> None:
         """Count one client's state."""
         for name, total in self._sum.items():
-            total.add_(self._apply(name, state), alpha=weight)
+            total.add_(self._apply(name, state) + self._folded[name], alpha=weight)
         self._weight += weight
 
     def result(self, aggregate: Mapping[str, Tensor]) -> float:
@@ -54,7 +62,7 @@ class AggregationError:
         difference = norm = 0.0
         for name, total in self._sum.items():
             mean = total / self._weight
-            difference += float((mean - self._apply(name, aggregate)).square().sum())
+            difference += float((mean - self._apply(name, aggregate) - self._folded[name]).square().sum())
             norm += float(mean.square().sum())
         return (difference / norm) ** 0.5 if norm else 0.0
 

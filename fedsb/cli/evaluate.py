@@ -46,14 +46,14 @@ def evaluate_run(run: Path) -> dict[str, dict[str, dict[str, Any]]]:
     scores: dict[str, dict[str, dict[str, Any]]] = {"base": {}, "global": {}, "personal": {}}
     for index, name in enumerate(config.client_names):
         site = Site(name, index, run / "sites")
-        vectors = {"base": session.base_vector(), "global": session.layout.flatten(last.state)}
+        vectors = {"global": session.layout.flatten(last.state)}
         if name in stored:
             own = adapters.load(run / "adapters", name)
             if own.manifest.basis_fingerprint != basis.fingerprint:
                 raise StoreError(f"{run}/adapters/{name}: is of another basis than the run; publish it again")
             vectors["personal"] = session.layout.flatten(own.state)
-        for which, vector in vectors.items():
-            score = session.score(site, vector)
+        found = {"base": session.score_base(site)} | {which: session.score(site, vector) for which, vector in vectors.items()}
+        for which, score in found.items():
             scores[which][name] = {
                 "loss": score.loss,
                 "exact_match": score.exact_match,

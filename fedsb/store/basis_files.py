@@ -1,5 +1,7 @@
-"""A basis on disk: `<run>/basis/<fingerprint>.safetensors`, holding B, A and R0 of every layer."""
+"""A basis on disk: `<run>/basis/<fingerprint>.safetensors`, holding B, A and R0 of every layer and what was folded into W0;
+or only the newest folds, and the fingerprint of the basis before them, which is a file of its own."""
 
+import functools
 import hashlib
 import re
 from collections.abc import Mapping
@@ -7,26 +9,35 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fedsb.basis.frames import Basis
+from fedsb.basis.frames import Basis, Fold
 from fedsb.errors import BasisError, StoreError
 from fedsb.store.tensors import load_tensors, save_tensors
 
 FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 SIDES = ("B", "A", "R0")
+BEFORE = "before"  # in the metadata: fingerprint of the basis to which this file's folds are added
+U = re.compile(r"\.U(\d+)$")
 
 
-def save_basis(run: Path, basis: Basis) -> Path:
+def save_basis(run: Path, basis: Basis, before: Basis | None = None) -> Path:
     """Write a basis atomically under its fingerprint and return the file. Raises DiskError.
 
-    The fingerprint covers B and A only, so R0, which may differ between two runs on one basis, gets a hash of its own.
+    The fingerprint does not cover R0, which may differ between two runs on one basis; it gets a hash of its own.
+
+    Args:
+        before: a basis on disk that this one is with more folded in; then only that is written.
     """
-    path = _path(run, basis.fingerprint)
-    tensors = {
-        f"{layer}.{side}": tensor
-        for side, part in zip(SIDES, (basis.B, basis.A, basis.R0), strict=True)
-        for layer, tensor in part.items()
-    }
-    save_tensors(path, tensors, {"fingerprint": basis.fingerprint, "r0_sha256": _hash(basis.R0)})
+    path, told = _path(run, basis.fingerprint), {"fingerprint": basis.fingerprint}
+    tensors: dict[str, Tensor] = {}
+    for number, fold in enumerate(basis.folds[len(before.folds) if before else 0 :]):
+        tensors |= {f"{layer}.{side}{number}": t for layer, pair in fold.items() for side, t in zip("UV", pair, strict=True)}
+    if before is not None:
+        told[BEFORE] = before.fingerprint
+    else:
+        told["r0_sha256"] = _hash(basis.R0)
+        for side, part in zip(SIDES, (basis.B, basis.A, basis.R0), strict=True):
+            tensors |= {f"{layer}.{side}": tensor for layer, tensor in part.items()}
+    save_tensors(path, tensors, told)
     return path
 
 
@@ -35,17 +46,46 @@ def load_basis(run: Path, fingerprint: str) -> Basis:
 
     Raises StoreError if the run has no such basis, and BasisError if the file is torn or holds something else.
     """
-    path = _path(run, fingerprint)
-    if not path.exists():
-        raise StoreError(f"{path}: this run has no such basis; name the run that trained it, or rebuild the basis")
+    path: Path | None = _path(run, fingerprint)
+    folds: list[Fold] = []
     try:
-        tensors, metadata = load_tensors(path)
-        basis = Basis(**{side: _side(tensors, side) for side in SIDES})
-    except (StoreError, BasisError):
-        raise _spoilt(path) from None
+        while path is not None:
+            if not path.exists():
+                raise StoreError(f"{path}: this run has no such basis; name the run that trained it, or rebuild the basis")
+            tensors, metadata = _tensors(path)
+            folds = [*_folds(tensors), *folds]
+            path = _path(run, metadata[BEFORE]) if BEFORE in metadata else None
+        b, a, r0 = (_side(tensors, side) for side in SIDES)
+        basis = functools.reduce(Basis.fold, folds, Basis(b, a, r0))
+    except (BasisError, KeyError):
+        raise _spoilt(_path(run, fingerprint)) from None
     if basis.fingerprint != fingerprint or metadata.get("r0_sha256") != _hash(basis.R0):
-        raise _spoilt(path)
+        raise _spoilt(_path(run, fingerprint))
     return basis
+
+
+def first_basis(run: Path) -> Basis | None:
+    """The basis that a run began with; None if it has none yet.
+
+    Raises as `load_basis`.
+    """
+    stored = sorted((run / "basis").glob("*.safetensors"))
+    roots = [path.stem for path in stored if BEFORE not in _tensors(path)[1]]
+    return load_basis(run, roots[0]) if roots else None
+
+
+def _folds(tensors: Mapping[str, Tensor]) -> list[Fold]:
+    numbers = sorted({int(match[1]) for match in (U.search(name) for name in tensors) if match})
+    return [
+        {layer: (u, tensors[f"{layer}.V{number}"]) for layer, u in _side(tensors, f"U{number}").items()} for number in numbers
+    ]
+
+
+def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        return load_tensors(path)
+    except StoreError:
+        raise _spoilt(path) from None
 
 
 def _path(run: Path, fingerprint: str) -> Path:

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fedsb.adapters.methods import METHODS
-from fedsb.basis.frames import Basis
+from fedsb.basis.frames import Basis, beside
 from fedsb.errors import BasisError, StoreError
 from fedsb.store.adapters import StoredAdapter
 from fedsb.store.files import read_json, sha256_of, staged_folder, write_file, write_json
@@ -39,21 +40,29 @@ def export_lora(
     stored: StoredAdapter, basis: Basis, out: Path, dtype: torch.dtype = torch.float32, modules: Collection[str] = ()
 ) -> Path:
     """Write a plain LoRA: the last matrix of the method's chain as lora_A (r, in), the product of those before it, in fp64, as
-    lora_B (out, r); of LoRA-SB A and B·R. Stored in `dtype`.
+    lora_B (out, r); of LoRA-SB A and B·R. What was folded into the base model's weights is put beside them, so that the folder
+    fits the original model: its rank is then r and those of the folds together, and at most the smaller side of the layer. Layers
+    of a smaller rank are filled up with zeros. Stored in `dtype`.
 
     `modules`: see `target_modules`. Raises BasisError (not the adapter's basis), StoreError (`out` is something
     else) and DiskError; then whatever was at `out` is as before.
     """
     _check(stored, basis)
     method, scale = METHODS[stored.manifest.method], stored.manifest.scale
-    tensors: dict[str, Tensor] = {}
+    found: dict[str, tuple[Tensor, Tensor]] = {}
     for layer, parts in stored.layers.items():
         wide = {part: tensor.double() for part, tensor in parts.items()}
         b, a = (side[layer].double() if layer in side else None for side in (basis.B, basis.A))
-        *left, right = method.chain(wide, b, a, scale)
-        tensors[f"{PREFIX}{layer}.lora_A.weight"] = right.to(dtype)
-        tensors[f"{PREFIX}{layer}.lora_B.weight"] = functools.reduce(torch.matmul, left).to(dtype)
-    return _write(out, stored, lora_config(stored, modules), tensors | _head(stored))
+        *before, last = method.chain(wide, b, a, scale)
+        folds = [fold[layer] for fold in basis.folds if layer in fold]
+        found[layer] = beside([(functools.reduce(torch.matmul, before), last), *folds])
+    rank = max(right.shape[0] for _, right in found.values())
+    tensors: dict[str, Tensor] = {}
+    for layer, (left, right) in found.items():
+        room = rank - right.shape[0]
+        tensors[f"{PREFIX}{layer}.lora_A.weight"] = functional.pad(right, (0, 0, 0, room)).to(dtype)
+        tensors[f"{PREFIX}{layer}.lora_B.weight"] = functional.pad(left, (0, room)).to(dtype)
+    return _write(out, stored, lora_config(stored, rank, modules), tensors | _head(stored))
 
 
 def export_core(stored: StoredAdapter, basis: Basis, out: Path, modules: Collection[str] = ()) -> Path:
@@ -72,14 +81,14 @@ def export_core(stored: StoredAdapter, basis: Basis, out: Path, modules: Collect
     return _write(out, stored, core_config(stored, modules), tensors | _head(stored))
 
 
-def lora_config(stored: StoredAdapter, modules: Collection[str] = ()) -> dict[str, Any]:
-    """`adapter_config.json` of the plain LoRA. lora_alpha = r, so that PEFT scales by 1."""
-    return _common(stored, modules) | {
+def lora_config(stored: StoredAdapter, rank: int, modules: Collection[str] = ()) -> dict[str, Any]:
+    """`adapter_config.json` of the plain LoRA of a rank. lora_alpha = r, so that PEFT scales by 1."""
+    return _common(stored, rank, modules) | {
         "alpha_pattern": {},
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "lora_alpha": stored.manifest.rank,
+        "lora_alpha": rank,
         "lora_dropout": 0.0,
         "peft_type": "LORA",
         "rank_pattern": {},
@@ -90,19 +99,19 @@ def lora_config(stored: StoredAdapter, modules: Collection[str] = ()) -> dict[st
 
 def core_config(stored: StoredAdapter, modules: Collection[str] = ()) -> dict[str, Any]:
     """`adapter_config.json` of our own format, whose peft_type an unmodified PEFT refuses."""
-    return _common(stored, modules) | {
+    return _common(stored, stored.manifest.rank, modules) | {
         "basis_fingerprint": stored.manifest.basis_fingerprint,
         "method": stored.manifest.method,
         "peft_type": "FEDSB",
     }
 
 
-def _common(stored: StoredAdapter, modules: Collection[str]) -> dict[str, Any]:
+def _common(stored: StoredAdapter, rank: int, modules: Collection[str]) -> dict[str, Any]:
     return {
         "base_model_name_or_path": stored.manifest.base_model.name,
         "inference_mode": True,
         "modules_to_save": modules_to_save(stored.head) or None,
-        "r": stored.manifest.rank,
+        "r": rank,
         "target_modules": target_modules(stored.layers, modules),
         "task_type": "SEQ_CLS" if stored.head else "CAUSAL_LM",
     }
@@ -205,7 +214,7 @@ tags: [fedsb, {manifest.method}, {str(config["peft_type"]).lower()}]
 | | |
 |---|---|
 | base model | `{manifest.base_model.name}` (SHA-256 `{manifest.base_model.sha256}`) |
-| method | {manifest.method}, rank {manifest.rank} |
+| method | {manifest.method}, rank {manifest.rank}{_exported_rank(stored, config)} |
 | adapted layers | {len(stored.layers)} |
 | trained numbers | {trained:,} |
 | task | {manifest.task} |
@@ -217,6 +226,10 @@ Trained with FedSB. {method.says} The server averaged what they sent in each of 
 this client went on from the last average on its own data. The files' SHA-256 are in `manifest.json`.
 
 {_how_to_load(stored, config)}"""
+
+
+def _exported_rank(stored: StoredAdapter, config: Mapping[str, Any]) -> str:
+    return "" if config["r"] == stored.manifest.rank else f"; as a plain LoRA of the original base model {config['r']}"
 
 
 def _how_to_load(stored: StoredAdapter, config: Mapping[str, Any]) -> str:
@@ -233,7 +246,7 @@ base = AutoModelFor{kind}.from_pretrained({json.dumps(base)})
 model = PeftModel.from_pretrained(base, "THIS_FOLDER")
 ```
 """
-    limit = next((rank for rank in VLLM_RANKS if rank >= stored.manifest.rank), None)
+    limit = next((rank for rank in VLLM_RANKS if rank >= config["r"]), None)
     if own or limit is None or config["task_type"] != "CAUSAL_LM":
         return text
     name = stored.manifest.client

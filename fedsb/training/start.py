@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 
-from fedsb.adapters.attach import initial_state, layout_of, shapes_of
+from fedsb.adapters.attach import initial_state, layout_of, scale_of, shapes_of
 from fedsb.adapters.lora import start_of_a
+from fedsb.adapters.lora_ga import lora_ga_basis
+from fedsb.adapters.lora_xs import lora_xs_basis
 from fedsb.adapters.methods import METHODS
 from fedsb.adapters.state import layers_of, set_state
 from fedsb.basis.frames import DTYPES, Basis
@@ -28,9 +30,10 @@ def can_rebuild(config: RunConfig) -> bool:
 
 
 def basis_source(config: RunConfig) -> str:
-    """Where the basis comes from, for people: `none` if the method has no frames, `seed` if A alone follows from the seed."""
-    frames = METHODS[config.adapter.method].frames
-    return config.basis.source if set(frames) == {"B", "A"} else "seed" if frames else "none"
+    """Where the basis comes from, for people: `none` if the method has none, `seed` if A alone follows from the seed."""
+    method = METHODS[config.adapter.method]
+    made = set(method.frames) == {"B", "A"} or method.start is not None
+    return config.basis.source if made else "seed" if method.frames else "none"
 
 
 def needs_weights(config: RunConfig) -> bool:
@@ -40,7 +43,7 @@ def needs_weights(config: RunConfig) -> bool:
 
 def build_basis(config: RunConfig, model: Any, tokenizer: Any, device: torch.device) -> Basis:
     """Build what is frozen and shared, in the dtype in which it is kept and sent: the basis of LoRA-SB, A of FFA-LoRA, nothing of
-    LoRA. A basis from sketches is not built alone (`server/sketching.py`).
+    LoRA, what LoRA-GA takes from the weights. A basis from sketches is not built alone (`server/sketching.py`).
 
     Args:
         config: the run.
@@ -49,6 +52,11 @@ def build_basis(config: RunConfig, model: Any, tokenizer: Any, device: torch.dev
         device: where the model is.
     """
     section, frames = config.basis, METHODS[config.adapter.method].frames
+    layers = {name: layer.get_base_layer() for name, layer in layers_of(model).items()}
+    if section.source == "sketch":
+        raise BasisError('basis.source = "sketch" is made of what clients send; it cannot be built by one side alone')
+    if section.source == "public":
+        return basis_of_gradients(config, _public_basis(config, model, tokenizer, device))
     if not frames:
         basis = Basis({}, {}, {})
     elif frames == ("A",):
@@ -58,19 +66,28 @@ def build_basis(config: RunConfig, model: Any, tokenizer: Any, device: torch.dev
         basis = Basis({}, a, {})
     elif section.source == "random":
         basis = random_basis(shapes_of(model), config.adapter.rank, config.seed)
-    elif section.source == "weights":
-        layers = {name: layer.get_base_layer() for name, layer in layers_of(model).items()}
-        basis = weights_basis(layers, config.adapter.rank, config.seed)
-    elif section.source == "sketch":
-        raise BasisError('basis.source = "sketch" is made of what clients send; it cannot be built by one side alone')
     else:
-        basis = _public_basis(config, model, tokenizer, device)
+        basis = weights_basis(layers, config.adapter.rank, config.seed)
+        if config.adapter.method == "lora-xs":
+            basis = lora_xs_basis(basis, layers, config.seed, scale_of(config))
     return basis.to(DTYPES[section.dtype])
+
+
+def basis_of_gradients(config: RunConfig, leading: Basis) -> Basis:
+    """The basis that leading singular vectors of gradients (`gradient_rank` of them) make for the method."""
+    if METHODS[config.adapter.method].start is not None:
+        return lora_ga_basis(leading, config.adapter.rank, scale_of(config))
+    return leading.to(DTYPES[config.basis.dtype])
+
+
+def gradient_rank(config: RunConfig) -> int:
+    """How many leading singular vectors of a gradient the method takes: r, and of LoRA-GA 2·r."""
+    return config.adapter.rank * (1 if METHODS[config.adapter.method].start is None else 2)
 
 
 def sketch_plan(config: RunConfig, model: Any) -> SketchPlan:
     """What a client's sketch consists of; the same on both sides. `model`: the PEFT model of `attach`, on any device."""
-    return SketchPlan.of(shapes_of(model), config.adapter.rank, config.seed)
+    return SketchPlan.of(shapes_of(model), gradient_rank(config), config.seed)
 
 
 def _public_basis(config: RunConfig, model: Any, tokenizer: Any, device: torch.device) -> Basis:
@@ -82,7 +99,7 @@ def _public_basis(config: RunConfig, model: Any, tokenizer: Any, device: torch.d
         {name: layer.get_base_layer() for name, layer in layers_of(model).items()},
         _public_batches(config, tokenizer, device),
         lambda batch: loss(transformer, batch),
-        config.adapter.rank,
+        gradient_rank(config),
         seed=config.seed,
         sign=section.sign,
         r0_scale=section.eta if section.r0 == "paper" else 0.0,

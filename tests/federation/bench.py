@@ -17,6 +17,7 @@ from fedsb.config import RunConfig
 from server.local_grid import LocalGrid, node_configs
 from strategies.fedsb import FedSB
 from strategies.records import EXAMPLES, LOSS, SECONDS, Identity, Order, pack_state, reply_content
+from strategies.shared import Shared
 from tests.federation.tiny import config_of, table
 
 SHAPES = {"a": (12, 10), "b": (9, 16)}
@@ -37,7 +38,7 @@ class Desk:
         self.strategy = FedSB(
             self.config,
             LAYOUT,
-            BASIS.fingerprint,
+            Shared(BASIS),
             self.roster,
             Strikes(self.config.federation.strikes, {}),
             AggregationError(LORA_SB, BASIS, SHAPES, 1.0, seeded(0, "probe")),

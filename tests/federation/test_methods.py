@@ -10,17 +10,21 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from clients.session import Session, Site
-from fedsb.adapters.attach import scale_of
+from fedsb.adapters.attach import restarted, scale_of, start_state
+from fedsb.adapters.flora_stacking import stacked
 from fedsb.adapters.methods import METHODS
 from fedsb.adapters.state import HEAD, get_state, layers_of, set_state
+from fedsb.aggregation.folding import fold_of
+from fedsb.basis.frames import Basis
 from fedsb.cli.evaluate import evaluate_run
 from fedsb.config import RunConfig
 from fedsb.errors import AdapterError, BasisError, ConfigError, StoreError
 from fedsb.models import device_of, load_model, locate
 from fedsb.privacy.accounting import epsilon
 from fedsb.store import adapters
-from fedsb.store.basis_files import load_basis
+from fedsb.store.basis_files import first_basis, load_basis
 from fedsb.store.export import export_core, export_lora
+from fedsb.store.files import read_json
 from fedsb.store.ledger import NAME, Ledger
 from fedsb.training.loop import round_plan
 from fedsb.training.start import build_basis
@@ -40,25 +44,34 @@ from tests.federation.tiny import (
 from tests.federation.twisted import twisted
 
 EVERY = pytest.mark.parametrize("method", METHODS)
-FAMILY = pytest.mark.parametrize("method", ["lora", "ffa-lora"])
+FAMILY = pytest.mark.parametrize("method", ["lora", "ffa-lora", "lora-ga"])
 TOKENS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 
 
 def config(llama: str, words: str, method: str, **sections: Any) -> RunConfig:
-    return config_of(table(llama, words, **{"adapter": {"method": method}, **sections}))
+    return config_of(table(llama, words, **{"adapter": {"method": method}, **basis_for(method, words), **sections}))
 
 
-def dense(run: RunConfig, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Layer → the update of its weight, as the model itself has it under a state."""
-    return {
-        name: layer.get_delta_weight("default").detach().double() for name, layer in layers_of(opened(run, state).model).items()
-    }
+def basis_for(method: str, task: str) -> dict[str, Any]:
+    """The section of a method that needs one: of LoRA-GA public examples, with which one side alone can build its basis."""
+    public = {"source": "public", "examples": 8, "public": {"name": "words", "source": task}}
+    return {"basis": public} if method == "lora-ga" else {}
 
 
-def opened(run: RunConfig, state: dict[str, torch.Tensor]) -> Session:
-    """A session with the run's basis and a state in place."""
+def dense(run: RunConfig, state: dict[str, torch.Tensor], basis: Basis | None = None) -> dict[str, torch.Tensor]:
+    """Layer → by how much its weight differs from the base model's, as the model itself has it under a state and a basis."""
+    session = opened(run, state, basis)
+    found = {}
+    for name, layer in layers_of(session.model).items():
+        folded = sum((u.double() @ v.double() for fold in session.folds for u, v in [fold[name]]), torch.zeros(()))
+        found[name] = layer.get_delta_weight("default").detach().double() + folded
+    return found
+
+
+def opened(run: RunConfig, state: dict[str, torch.Tensor], basis: Basis | None = None) -> Session:
+    """A session with a basis, by default the one that the run starts with, and a state in place."""
     session = Session(run)
-    session.use(build_basis(run, session.model, session.tokenizer, session.device))
+    session.use(basis or build_basis(run, session.model, session.tokenizer, session.device))
     set_state(session.model, state)
     return session
 
@@ -66,7 +79,14 @@ def opened(run: RunConfig, state: dict[str, torch.Tensor]) -> Session:
 def started(run: RunConfig) -> Session:
     """A session as every client starts."""
     session = Session(run)
-    return opened(run, session.layout.unflatten(session.base_vector()))
+    basis = build_basis(run, session.model, session.tokenizer, session.device)
+    return opened(run, start_state(session.layout, basis, run), basis)
+
+
+def last_basis(run: Path) -> Basis:
+    """The basis of a run's newest checkpoint."""
+    record = sorted((run / "checkpoints").glob("*/round.json"))[-1]
+    return load_basis(run, read_json(record)["basis_fingerprint"])
 
 
 @EVERY
@@ -90,7 +110,8 @@ def test_the_base_model_is_where_everybody_starts(method: str, llama: str, words
     run = config(llama, words, method)
     source = locate(run.model.source)
     plain = load_model(source, run.model, None, device_of("cpu"))
-    torch.testing.assert_close(started(run).model(input_ids=TOKENS).logits, plain(input_ids=TOKENS).logits)
+    close = {"rtol": 1e-3, "atol": 1e-3} if method == "lora-xs" else {}  # its core starts as near to 0 as N(0, 1e-5²) is
+    torch.testing.assert_close(started(run).model(input_ids=TOKENS).logits, plain(input_ids=TOKENS).logits, **close)
 
 
 @EVERY
@@ -102,12 +123,13 @@ def test_the_chain_is_the_update_that_the_layer_adds(method: str, llama: str, wo
     state = {name: torch.randn_like(t) for name, t in session.layout.unflatten(session.base_vector()).items()}
     found = dense(run, state)
     basis = build_basis(run, session.model, session.tokenizer, session.device)
-    assert scale_of(run) == (1.0 if method == "lora-sb" else 3.0)
+    assert scale_of(run) == {"lora-sb": 1.0, "lora-ga": 6.0}.get(method, 3.0)
+    folded = {name: u.double() @ v.double() for fold in basis.folds for name, (u, v) in fold.items()}
     for layer, update in found.items():
         parts = {part: state[f"{layer}.{part}"].double() for part in METHODS[method].parts}
         b, a = (side[layer].double() if layer in side else None for side in (basis.B, basis.A))
         product = torch.linalg.multi_dot(METHODS[method].chain(parts, b, a, scale_of(run)))
-        torch.testing.assert_close(product, update, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(product + folded.get(layer, 0), update, rtol=1e-4, atol=1e-5)
 
 
 @EVERY
@@ -125,13 +147,13 @@ def test_the_aggregation_error_is_that_of_the_dense_updates(method: str, llama: 
     layout = Session(run).layout
     updates = [dense(run, layout.unflatten(vector)) for vector in sent]
     mean = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
-    got = dense(run, final_state(tmp_path))
+    got = dense(run, final_state(tmp_path), last_basis(tmp_path))
     norm = sum(float(m.square().sum()) for m in mean.values()) ** 0.5
     exact = sum(float((mean[name] - got[name]).square().sum()) for name in mean) ** 0.5 / norm
     if METHODS[method].exact:
         assert exact < 1e-6 and summary["aggregation_error"] < 1e-6
     else:
-        assert exact > 1e-3
+        assert exact > 1e-4
         assert summary["aggregation_error"] == pytest.approx(exact, rel=0.5)  # four probes
 
 
@@ -140,10 +162,18 @@ def test_one_client_alone_is_local_training(method: str, llama: str, words: str,
     run = config(llama, words, method, federation={"clients": 1, "rounds": 2})
     federate(run, tmp_path)
     session = started(run)
-    site, vector = Site("client-0", 0, tmp_path), session.base_vector()
+    site, layout, basis = Site("client-0", 0, tmp_path), session.layout, first_basis(tmp_path)
+    assert basis is not None
+    vector = layout.flatten(get_state(session.model))
     for number in (1, 2):
         vector = session.train(site, vector, round_plan(run, number)).vector
-    assert equal(session.layout.unflatten(vector), final_state(tmp_path))
+        state = layout.unflatten(vector)
+        if METHODS[method].restarts:
+            basis = basis.fold(fold_of(stacked, [(state, 1.0)], state, 1.0))
+            session.use(basis)
+            vector = layout.flatten(restarted(layout, run.seed, number, state))
+    assert equal(layout.unflatten(vector), final_state(tmp_path))
+    assert basis.fingerprint == last_basis(tmp_path).fingerprint, "one client alone leaves nothing to fold in, but by restarting"
 
 
 @EVERY
@@ -171,12 +201,12 @@ def test_a_killed_run_resumes_to_the_same_bits(method: str, llama: str, words: s
 @EVERY
 def test_an_unmodified_peft_reads_the_export(method: str, bert: str, labels: str, tmp_path: Path) -> None:
     alpha = {} if method == "lora-sb" else {"alpha": 8.0}
-    run = config_of(classification(bert, labels, adapter={"method": method, **alpha}))
+    run = config_of(classification(bert, labels, adapter={"method": method, **alpha}, **basis_for(method, labels)))
     federate(run, tmp_path)
     stored = adapters.load(tmp_path / "adapters", "client-1")
     folder = export_lora(stored, load_basis(tmp_path, stored.manifest.basis_fingerprint), tmp_path / "out")
     source = locate(run.model.source)
-    ours = opened(run, stored.state).model(input_ids=TOKENS).logits
+    ours = opened(run, stored.state, last_basis(tmp_path)).model(input_ids=TOKENS).logits
     loaded = PeftModel.from_pretrained(load_model(source, run.model, 3, device_of("cpu")), folder)
     torch.testing.assert_close(loaded(input_ids=TOKENS).logits, ours, rtol=1e-4, atol=1e-5)
     assert not any("fedsb" in name for name in load_file(folder / "adapter_model.safetensors"))
@@ -329,6 +359,8 @@ def test_a_basis_of_another_method_is_refused(llama: str, words: str) -> None:
     for method in METHODS:
         session = Session(config(llama, words, method))
         for other, basis in bases.items():
-            if other != method:
+            mine, its = METHODS[method], METHODS[other]
+            folds_differ = mine.fold is None and (mine.start is None) != (its.start is None)
+            if mine.frames != its.frames or folds_differ:
                 with pytest.raises(BasisError, match=f"was not made for adapter.method = {method}"):
                     session.use(basis)
