@@ -24,7 +24,7 @@ from fedsb.models import device_of, load_model, load_tokenizer, locate, outline_
 from fedsb.report.journal import Journal
 from fedsb.sections import SITE_NAME
 from fedsb.store import adapters, checkpoint
-from fedsb.store.basis_files import first_basis, load_basis, save_basis
+from fedsb.store.basis_files import basis_file, first_basis, load_basis, save_basis
 from fedsb.store.files import read_events
 from fedsb.training.loop import personal_plan
 from fedsb.training.start import basis_source, build_basis, can_rebuild, needs_weights, sketch_plan
@@ -86,7 +86,8 @@ class Federation:
     def choose_basis(self) -> Basis:
         """Step 1: build the basis, or take the one that this run has already."""
         started = time.monotonic()
-        stored = load_basis(self.folder, self.last.basis_fingerprint) if self.last else first_basis(self.folder)
+        last = self.last.basis_fingerprint if self.last else ""
+        stored = load_basis(self.folder, last) if last and basis_file(self.folder, last).exists() else first_basis(self.folder)
         if stored is not None:
             basis = stored
         elif self.config.basis.source == "sketch":

@@ -27,7 +27,7 @@ def save_basis(run: Path, basis: Basis, before: Basis | None = None) -> Path:
     Args:
         before: a basis on disk that this one is with more folded in; then only that is written.
     """
-    path, told = _path(run, basis.fingerprint), {"fingerprint": basis.fingerprint}
+    path, told = basis_file(run, basis.fingerprint), {"fingerprint": basis.fingerprint}
     tensors: dict[str, Tensor] = {}
     for number, fold in enumerate(basis.folds[len(before.folds) if before else 0 :]):
         tensors |= {f"{layer}.{side}{number}": t for layer, pair in fold.items() for side, t in zip("UV", pair, strict=True)}
@@ -46,7 +46,7 @@ def load_basis(run: Path, fingerprint: str) -> Basis:
 
     Raises StoreError if the run has no such basis, and BasisError if the file is torn or holds something else.
     """
-    path: Path | None = _path(run, fingerprint)
+    path: Path | None = basis_file(run, fingerprint)
     folds: list[Fold] = []
     try:
         while path is not None:
@@ -54,13 +54,13 @@ def load_basis(run: Path, fingerprint: str) -> Basis:
                 raise StoreError(f"{path}: this run has no such basis; name the run that trained it, or rebuild the basis")
             tensors, metadata = _tensors(path)
             folds = [*_folds(tensors), *folds]
-            path = _path(run, metadata[BEFORE]) if BEFORE in metadata else None
+            path = basis_file(run, metadata[BEFORE]) if BEFORE in metadata else None
         b, a, r0 = (_side(tensors, side) for side in SIDES)
         basis = functools.reduce(Basis.fold, folds, Basis(b, a, r0))
     except (BasisError, KeyError):
-        raise _spoilt(_path(run, fingerprint)) from None
+        raise _spoilt(basis_file(run, fingerprint)) from None
     if basis.fingerprint != fingerprint or metadata.get("r0_sha256") != _hash(basis.R0):
-        raise _spoilt(_path(run, fingerprint))
+        raise _spoilt(basis_file(run, fingerprint))
     return basis
 
 
@@ -88,7 +88,8 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise _spoilt(path) from None
 
 
-def _path(run: Path, fingerprint: str) -> Path:
+def basis_file(run: Path, fingerprint: str) -> Path:
+    """Where a basis of that fingerprint lies, if there is one. Raises BasisError for what is no fingerprint."""
     if not FINGERPRINT.fullmatch(fingerprint):
         raise BasisError(f"{fingerprint!r}: is no basis fingerprint (64 hex digits); take it from a manifest.json")
     return run / "basis" / f"{fingerprint}.safetensors"
