@@ -32,6 +32,9 @@ from fedsb.sections import (
 )
 from fedsb.validation import set_key, validated
 
+SCALED = ("lora", "ffa-lora")  # methods that multiply an update by alpha / rank
+NO_RECORDS = ("miss",)  # methods whose trained numbers are in no module that Opacus knows
+
 
 class RunConfig(Section):
     """A whole run. Immutable; equal configurations have equal digests."""
@@ -72,8 +75,8 @@ class RunConfig(Section):
                 f'adapter.method = "{self.adapter.method}" has no basis for basis.source = "{self.basis.source}"; leave '
                 'basis.source out, or set adapter.method = "lora-sb"'
             )
-        if self.adapter.method == "lora-sb" and self.adapter.alpha is not None:
-            raise ValueError('adapter.alpha scales LoRA, and adapter.method = "lora-sb" has no scale; drop it')
+        if self.adapter.method not in SCALED and self.adapter.alpha is not None:
+            raise ValueError(f'adapter.alpha scales LoRA, and adapter.method = "{self.adapter.method}" has no scale; drop it')
         if self.basis.source != "public" and (self.basis.r0 == "paper" or self.basis.sign):
             raise ValueError('basis.r0 = "paper" and basis.sign need basis.source = "public"; drop them or change the source')
         if self.data.partition == "task" and self.federation.clients < len(self.data.tasks):
@@ -111,6 +114,11 @@ class RunConfig(Section):
         if privacy.unit != "none" and federation.weighting != "uniform":
             raise ValueError(
                 'privacy.unit needs federation.weighting = "uniform", since how many examples a client has is private too; set it'
+            )
+        if privacy.unit == "record" and self.adapter.method in NO_RECORDS:
+            raise ValueError(
+                f'privacy.unit = "record" needs gradients of single records, which adapter.method = "{self.adapter.method}" does '
+                'not give; set privacy.unit = "client", or adapter.method = "lora-sb", "ffa-lora" or "lora"'
             )
         sources = [task.source for task in self.data.tasks if not task.source.startswith("gym:")]
         if privacy.unit != "none" and len({os.path.normpath(source) for source in sources}) < len(sources):

@@ -81,11 +81,14 @@ class DataSection(Section):
 class AdapterSection(Section):
     """`[adapter]`: what is trained."""
 
-    method: Literal["lora-sb", "lora", "ffa-lora"] = Field("lora-sb", description="the way of adapting, a row of docs/methods.md")
+    method: Literal["lora-sb", "lora", "ffa-lora", "miss"] = Field(
+        "lora-sb", description="the way of adapting, a row of docs/methods.md"
+    )
     rank: PositiveInt = Field(64, description="r: a core has r x r numbers, LoRA's factors r x in and out x r")
     alpha: PositiveFloat | None = Field(
         None,
-        description="LoRA's α: updates are scaled by α / rank; by default the rank (not for `lora-sb`, which has no scale)",
+        description="LoRA's α: updates are scaled by α / rank; by default the rank (only `lora` and `ffa-lora`; "
+        "the others have no scale)",
     )
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
         "all-linear", description="names of the linear layers to adapt; all of them except the output head"
@@ -123,7 +126,7 @@ class TrainSection(Section):
     learning_rate: PositiveFloat | Literal["auto"] = Field(
         "auto",
         description="AdamW's learning rate; `auto`: 0.64 / rank, with a `public` or `sketch` basis 0.32 / rank "
-        "(as for rank 16 below it); of `lora` 2e-3, of `ffa-lora` 4e-3",
+        "(as for rank 16 below it); of `lora` 2e-3, of `ffa-lora` 4e-3, of `miss` 4e-4 (untuned)",
     )
     head_learning_rate: PositiveFloat = Field(
         5e-3, description="AdamW's learning rate for a classification head that is trained along"

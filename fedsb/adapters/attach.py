@@ -32,6 +32,7 @@ def attach(model: Any, config: RunConfig) -> Any:
     if set(method.frames) == {"B", "A"}:
         told |= {"basis_dtype": config.basis.dtype, "seed": config.seed}
     peft_config = method.config(adapter.rank, scale_of(config) * adapter.rank, told)
+    linear = {name: (m.out_features, m.in_features) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     try:
         with (
             torch.random.fork_rng(devices=[]),
@@ -40,7 +41,11 @@ def attach(model: Any, config: RunConfig) -> Any:
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             peft_model = get_peft_model(model, peft_config)
     except ValueError as error:
-        names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+        hit = [name for name in linear if targets == "all-linear" or any(f".{name}".endswith(f".{t}") for t in targets)]
+        narrow = {name: linear[name] for name in hit if linear[name][1] < adapter.rank}
+        if narrow:  # PEFT's MiSS looks at the rank itself, and names no layer
+            check_rank(narrow, adapter.rank)
+        names = sorted({name.rpartition(".")[2] for name in linear})
         raise AdapterError(
             f"adapter.target_modules = {targets} matches no layer of {config.model.source}; "
             f"its linear layers are {', '.join(names)}"
@@ -53,7 +58,7 @@ def attach(model: Any, config: RunConfig) -> Any:
         raise AdapterError(
             f"adapter.target_modules: {', '.join(missed)} matches no linear layer of {config.model.source}; leave it out"
         )
-    if method.frames == ("A",):
+    if method.frames == ("A",) and method.frame is None:
         for layer in layers.values():
             layer.lora_A["default"].requires_grad_(False)
     _keep_heads_in_fp32(peft_model)
@@ -67,22 +72,24 @@ def scale_of(config: RunConfig) -> float:
 
 
 def give_basis(model: nn.Module, basis: Basis, config: RunConfig) -> None:
-    """Put what is frozen and shared in place: B and A of LoRA-SB, A of FFA-LoRA, nothing of LoRA.
+    """Put what is frozen and shared in place: B and A of LoRA-SB, A of FFA-LoRA; nothing of LoRA, nor of MiSS, whose
+    layer has A built in.
 
     Raises BasisError if it was not made for this method and these layers, before anything is changed.
     """
-    layers, frames = layers_of(model), METHODS[config.adapter.method].frames
-    if {side for side, part in (("B", basis.B), ("A", basis.A)) if part} != set(frames):
+    layers, method = layers_of(model), METHODS[config.adapter.method]
+    wrong = {side for side, part in (("B", basis.B), ("A", basis.A)) if part} != set(method.frames)
+    if wrong or (method.frame and not all(torch.equal(a.float(), method.frame((*a.shape,))) for a in basis.A.values())):
         raise BasisError(f"this basis was not made for adapter.method = {config.adapter.method}; use the one of its own run")
     if basis.B:
         set_basis(model, basis)
         return
     if basis.A and {name: tuple(a.shape) for name, a in basis.A.items()} != {
-        name: tuple(layer.lora_A["default"].weight.shape) for name, layer in layers.items()
+        name: (config.adapter.rank, layer.in_features) for name, layer in layers.items()
     }:
         raise BasisError("this basis was made for other layers or another rank; use the one that was built for this model")
     with torch.no_grad():
-        for name, a in basis.A.items():
+        for name, a in ({} if method.frame else basis.A).items():
             layers[name].lora_A["default"].weight.copy_(a)
 
 
@@ -109,7 +116,7 @@ def layout_of(model: nn.Module) -> Layout:
 
 
 def initial_state(layout: Layout, seed: int) -> State:
-    """The base model as a state, from which everybody starts: cores and B zero, A and the head's weights from the seed."""
+    """The base model as a state, from which everybody starts: cores, B and D zero, A and the head's weights from the seed."""
     state = {}
     for name, shape in layout.shapes:
         if name.startswith(HEAD) and len(shape) > 1:

@@ -23,6 +23,7 @@ class Method:
         exact: whether the mean of the parts is the mean of the updates, whatever the clients send.
         says: one sentence for the card of an exported adapter.
         rate: AdamW's learning rate for `train.learning_rate = "auto"`; None: by rank and basis (`fedsb.training.loop`).
+        frame: (r, in) → A, where A alone is frozen and follows from its shape; None: from the run's seed.
     """
 
     config: Callable[[int, float, dict[str, Any]], PeftConfig]
@@ -32,6 +33,7 @@ class Method:
     exact: bool
     says: str
     rate: float | None = None
+    frame: Callable[[tuple[int, int]], Tensor] | None = None
 
     def fits(self, part: str, shape: tuple[int, ...], rank: int) -> bool:
         """Whether a part of some layer can have this shape at this rank."""

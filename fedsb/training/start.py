@@ -28,9 +28,10 @@ def can_rebuild(config: RunConfig) -> bool:
 
 
 def basis_source(config: RunConfig) -> str:
-    """Where the basis comes from, for people: `none` if the method has no frames, `seed` if A alone follows from the seed."""
-    frames = METHODS[config.adapter.method].frames
-    return config.basis.source if set(frames) == {"B", "A"} else "seed" if frames else "none"
+    """Where the basis comes from, for people: `none` if the method has no frames; of A alone `seed`, or `shape`."""
+    method = METHODS[config.adapter.method]
+    alone = "shape" if method.frame else "seed"
+    return config.basis.source if set(method.frames) == {"B", "A"} else alone if method.frames else "none"
 
 
 def needs_weights(config: RunConfig) -> bool:
@@ -39,8 +40,8 @@ def needs_weights(config: RunConfig) -> bool:
 
 
 def build_basis(config: RunConfig, model: Any, tokenizer: Any, device: torch.device) -> Basis:
-    """Build what is frozen and shared, in the dtype in which it is kept and sent: the basis of LoRA-SB, A of FFA-LoRA, nothing of
-    LoRA. A basis from sketches is not built alone (`server/sketching.py`).
+    """Build what is frozen and shared, in the dtype in which it is kept and sent: the basis of LoRA-SB, A of FFA-LoRA and MiSS,
+    nothing of LoRA. A basis from sketches is not built alone (`server/sketching.py`).
 
     Args:
         config: the run.
@@ -48,19 +49,22 @@ def build_basis(config: RunConfig, model: Any, tokenizer: Any, device: torch.dev
         tokenizer: only used for `basis.source = "public"`.
         device: where the model is.
     """
-    section, frames = config.basis, METHODS[config.adapter.method].frames
+    section, method, rank = config.basis, METHODS[config.adapter.method], config.adapter.rank
+    frames, shapes = method.frames, shapes_of(model)
     if not frames:
         basis = Basis({}, {}, {})
     elif frames == ("A",):
+        made = method.frame
         a = {
-            name: start_of_a((config.adapter.rank, in_), seeded(config.seed, name)) for name, (_, in_) in shapes_of(model).items()
+            name: made((rank, in_)) if made else start_of_a((rank, in_), seeded(config.seed, name))
+            for name, (_, in_) in shapes.items()
         }
         basis = Basis({}, a, {})
     elif section.source == "random":
-        basis = random_basis(shapes_of(model), config.adapter.rank, config.seed)
+        basis = random_basis(shapes, rank, config.seed)
     elif section.source == "weights":
         layers = {name: layer.get_base_layer() for name, layer in layers_of(model).items()}
-        basis = weights_basis(layers, config.adapter.rank, config.seed)
+        basis = weights_basis(layers, rank, config.seed)
     elif section.source == "sketch":
         raise BasisError('basis.source = "sketch" is made of what clients send; it cannot be built by one side alone')
     else:

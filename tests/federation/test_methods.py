@@ -7,6 +7,7 @@ import pytest
 import torch
 from flwr.app import Message
 from peft import PeftModel
+from peft.tuners.miss.layer import MissLinear
 from safetensors.torch import load_file
 
 from clients.session import Session, Site
@@ -14,8 +15,8 @@ from fedsb.adapters.attach import scale_of
 from fedsb.adapters.methods import METHODS
 from fedsb.adapters.state import HEAD, get_state, layers_of, set_state
 from fedsb.cli.evaluate import evaluate_run
-from fedsb.config import RunConfig
-from fedsb.errors import AdapterError, BasisError, ConfigError, StoreError
+from fedsb.config import NO_RECORDS, SCALED, RunConfig
+from fedsb.errors import AdapterError, BasisError, ConfigError, PrivacyError, StoreError
 from fedsb.models import device_of, load_model, locate
 from fedsb.privacy.accounting import epsilon
 from fedsb.store import adapters
@@ -23,6 +24,7 @@ from fedsb.store.basis_files import load_basis
 from fedsb.store.export import export_core, export_lora
 from fedsb.store.ledger import NAME, Ledger
 from fedsb.training.loop import round_plan
+from fedsb.training.private import check_gradients
 from fedsb.training.start import build_basis
 from strategies.records import ARRAYS, PREPARE, TRAIN, pack_basis, unpack_basis, unpack_state
 from strategies.sums import PAYLOAD
@@ -40,7 +42,8 @@ from tests.federation.tiny import (
 from tests.federation.twisted import twisted
 
 EVERY = pytest.mark.parametrize("method", METHODS)
-FAMILY = pytest.mark.parametrize("method", ["lora", "ffa-lora"])
+OTHERS = [method for method in METHODS if METHODS[method].frames != ("B", "A")]  # without cores
+FAMILY = pytest.mark.parametrize("method", OTHERS)
 TOKENS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 
 
@@ -50,9 +53,16 @@ def config(llama: str, words: str, method: str, **sections: Any) -> RunConfig:
 
 def dense(run: RunConfig, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Layer → the update of its weight, as the model itself has it under a state."""
-    return {
-        name: layer.get_delta_weight("default").detach().double() for name, layer in layers_of(opened(run, state).model).items()
-    }
+    return {name: delta(layer).detach().double() for name, layer in layers_of(opened(run, state).model).items()}
+
+
+def delta(layer: Any) -> torch.Tensor:
+    """The update of one layer's weight (out, in)."""
+    if isinstance(layer, MissLinear):  # PEFT has no function of it
+        d = layer.miss_block["default"]
+        return torch.stack([d[i % len(d)] for i in range(layer.in_features)], 1)
+    update: torch.Tensor = layer.get_delta_weight("default")
+    return update
 
 
 def opened(run: RunConfig, state: dict[str, torch.Tensor]) -> Session:
@@ -95,14 +105,14 @@ def test_the_base_model_is_where_everybody_starts(method: str, llama: str, words
 
 @EVERY
 def test_the_chain_is_the_update_that_the_layer_adds(method: str, llama: str, words: str) -> None:
-    alpha = {} if method == "lora-sb" else {"alpha": 12.0}
+    alpha = {"alpha": 12.0} if method in SCALED else {}
     run = config(llama, words, method, adapter={"method": method, **alpha})
     session = Session(run)
     torch.manual_seed(0)
     state = {name: torch.randn_like(t) for name, t in session.layout.unflatten(session.base_vector()).items()}
     found = dense(run, state)
     basis = build_basis(run, session.model, session.tokenizer, session.device)
-    assert scale_of(run) == (1.0 if method == "lora-sb" else 3.0)
+    assert scale_of(run) == (3.0 if method in SCALED else 1.0)
     for layer, update in found.items():
         parts = {part: state[f"{layer}.{part}"].double() for part in METHODS[method].parts}
         b, a = (side[layer].double() if layer in side else None for side in (basis.B, basis.A))
@@ -170,7 +180,7 @@ def test_a_killed_run_resumes_to_the_same_bits(method: str, llama: str, words: s
 
 @EVERY
 def test_an_unmodified_peft_reads_the_export(method: str, bert: str, labels: str, tmp_path: Path) -> None:
-    alpha = {} if method == "lora-sb" else {"alpha": 8.0}
+    alpha = {"alpha": 8.0} if method in SCALED else {}
     run = config_of(classification(bert, labels, adapter={"method": method, **alpha}))
     federate(run, tmp_path)
     stored = adapters.load(tmp_path / "adapters", "client-1")
@@ -219,7 +229,7 @@ def test_half_as_much_travels_with_a_frozen_and_shared_a(llama: str, words: str,
 
 @FAMILY
 def test_private_by_record_and_by_client_and_under_a_secure_sum(method: str, bert: str, labels: str, tmp_path: Path) -> None:
-    for unit in ("record", "client"):
+    for unit in ("client",) if method in NO_RECORDS else ("record", "client"):
         privacy = {"unit": unit, "epsilon": 8.0, "secure_sum": unit == "client"}
         run = config_of(
             classification(
@@ -280,9 +290,21 @@ def test_what_it_has_no_use_for_is_refused_by_name(method: str, llama: str, word
         config(llama, words, method, basis={"source": "weights"})
 
 
-def test_a_scale_of_lora_sb_is_refused(llama: str, words: str) -> None:
-    with pytest.raises(ConfigError, match="lora-sb.* has no scale"):
-        config(llama, words, "lora-sb", adapter={"alpha": 8.0})
+@pytest.mark.parametrize("method", METHODS.keys() - SCALED)
+def test_a_scale_of_what_has_none_is_refused(method: str, llama: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=f'"{method}" has no scale'):
+        config(llama, words, method, adapter={"method": method, "alpha": 8.0})
+
+
+@pytest.mark.parametrize("method", NO_RECORDS)
+def test_privacy_by_record_is_refused_where_records_have_no_gradients(method: str, llama: str, words: str) -> None:
+    privacy, federation = {"unit": "record", "epsilon": 8.0}, {"weighting": "uniform"}
+    with pytest.raises(ConfigError, match=f'adapter.method = "{method}" does not give; set privacy.unit = "client"'):
+        config(llama, words, method, privacy=privacy, federation=federation)
+    run = config(llama, words, "lora", privacy=privacy, federation=federation)
+    blind = Session(run.model_copy(update={"adapter": run.adapter.model_copy(update={"method": method})}))
+    with pytest.raises(PrivacyError, match="no gradients of single records"):
+        check_gradients(blind.transformer, blind.parameters, "causal", 0)
 
 
 def test_what_a_model_is_told_first_leaves_torchs_own_chance_alone(llama: str, words: str) -> None:
@@ -329,6 +351,7 @@ def test_a_basis_of_another_method_is_refused(llama: str, words: str) -> None:
     for method in METHODS:
         session = Session(config(llama, words, method))
         for other, basis in bases.items():
-            if other != method:
+            anything = METHODS[other].frames == METHODS[method].frames == ("A",) and METHODS[method].frame is None
+            if other != method and not anything:  # FFA-LoRA's A may be any
                 with pytest.raises(BasisError, match=f"was not made for adapter.method = {method}"):
                     session.use(basis)
