@@ -33,7 +33,7 @@ from fedsb.sections import (
 from fedsb.validation import set_key, validated
 
 SCALED = ("lora", "ffa-lora")  # methods that multiply an update by alpha / rank
-NO_RECORDS = ("miss",)  # methods whose trained numbers are in no module that Opacus knows
+NO_RECORDS = ("miss", "bone", "bone-row")  # methods whose trained numbers are in no module that Opacus knows
 
 
 class RunConfig(Section):

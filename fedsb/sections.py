@@ -81,7 +81,7 @@ class DataSection(Section):
 class AdapterSection(Section):
     """`[adapter]`: what is trained."""
 
-    method: Literal["lora-sb", "lora", "ffa-lora", "miss"] = Field(
+    method: Literal["lora-sb", "lora", "ffa-lora", "miss", "bone", "bone-row"] = Field(
         "lora-sb", description="the way of adapting, a row of docs/methods.md"
     )
     rank: PositiveInt = Field(64, description="r: a core has r x r numbers, LoRA's factors r x in and out x r")
@@ -126,7 +126,7 @@ class TrainSection(Section):
     learning_rate: PositiveFloat | Literal["auto"] = Field(
         "auto",
         description="AdamW's learning rate; `auto`: 0.64 / rank, with a `public` or `sketch` basis 0.32 / rank "
-        "(as for rank 16 below it); of `lora` 2e-3, of `ffa-lora` 4e-3, of `miss` 4e-4 (untuned)",
+        "(as for rank 16 below it); of `lora` 2e-3, of `ffa-lora` 4e-3, of `miss`, `bone` and `bone-row` 4e-4 (untuned)",
     )
     head_learning_rate: PositiveFloat = Field(
         5e-3, description="AdamW's learning rate for a classification head that is trained along"

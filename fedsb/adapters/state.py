@@ -17,6 +17,7 @@ from peft.tuners.miss.layer import MissLinear
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from fedsb.adapters.bone import BoneLinear
 from fedsb.adapters.lora_sb import LoraSbLinear
 from fedsb.errors import AdapterError
 
@@ -26,11 +27,11 @@ HEAD = "head."
 
 
 def layers_of(model: nn.Module) -> dict[str, Any]:
-    """Layer name (its path in the base model) → adapted layer (`LoraSbLinear`, or PEFT's LoRA or MiSS), in the model's order."""
+    """Layer name (its path in the base model) → adapted layer (ours, or PEFT's LoRA or MiSS), in the model's order."""
     return {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
-        if isinstance(module, LoraSbLinear | LoraLinear | MissLinear)
+        if isinstance(module, LoraSbLinear | BoneLinear | LoraLinear | MissLinear)
     }
 
 
@@ -46,6 +47,8 @@ def parameters_of(model: nn.Module, adapter: str = "default") -> dict[str, nn.Pa
             found |= {f"{path}.{part}": factor for part, factor in factors.items() if factor.requires_grad}
         elif isinstance(module, MissLinear) and adapter in module.miss_block:
             found[path + ".D"] = module.miss_block[adapter]
+        elif isinstance(module, BoneLinear) and adapter in module.fedsb_bone_blocks:
+            found[path + (".bone" if module.fedsb_bone_form[adapter] == "column" else ".bone_row")] = module.bone(adapter)
         elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
             for name, parameter in module.modules_to_save[adapter].named_parameters():
                 found[f"{HEAD}{path}.{name}"] = parameter

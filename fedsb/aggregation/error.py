@@ -16,7 +16,7 @@ class AggregationError:
 
     For a Gaussian probe v, E‖M·v‖² = ‖M‖_F², so each client's update is applied to the same few probes instead of being
     formed (out x in numbers a layer). A frozen A is applied to the probes once. Memory: PROBES columns a layer, and a frozen B.
-    All in fp64.
+    An update that takes W0 (`Method.dense`) is linear in its parts, and the error is measured on these themselves. All in fp64.
 
     Args:
         method: says what an update is (`Method.chain`).
@@ -31,7 +31,7 @@ class AggregationError:
     ) -> None:
         self._method, self._scale = method, scale
         self._b = {name: b.double() for name, b in basis.B.items()}
-        self._out = {name: shape[0] for name, shape in sorted(shapes.items())}  # a basis read from disk has another order
+        self._names = sorted(shapes)  # a basis read from disk has another order
         self._probes = {
             name: torch.randn(in_, PROBES, dtype=torch.float64, generator=generator) for name, (_, in_) in sorted(shapes.items())
         }
@@ -40,13 +40,14 @@ class AggregationError:
 
     def start(self) -> None:
         """Forget the last round."""
-        self._sum = {name: torch.zeros(out, PROBES, dtype=torch.float64) for name, out in self._out.items()}
+        self._sum: dict[str, Tensor] = {}
         self._weight = 0.0
 
     def add(self, state: Mapping[str, Tensor], weight: float) -> None:
         """Count one client's state."""
-        for name, total in self._sum.items():
-            total.add_(self._apply(name, state), alpha=weight)
+        for name in self._names:
+            applied = self._apply(name, state)
+            self._sum.setdefault(name, torch.zeros_like(applied)).add_(applied, alpha=weight)
         self._weight += weight
 
     def result(self, aggregate: Mapping[str, Tensor]) -> float:
@@ -59,8 +60,10 @@ class AggregationError:
         return (difference / norm) ** 0.5 if norm else 0.0
 
     def _apply(self, name: str, state: Mapping[str, Tensor]) -> Tensor:
-        """A layer's update times its probes (out, PROBES)."""
+        """A layer's update times its probes (out, PROBES), or its parts as one vector."""
         parts = {part: state[f"{name}.{part}"].double() for part in self._method.parts}
+        if self._method.chain is None:
+            return torch.cat([part.flatten() for part in parts.values()])
         chain = self._method.chain(parts, self._b.get(name), self._a.get(name), self._scale)
         if "A" not in self._method.frames:
             chain = (*chain, self._probes[name])

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from clients.session import Session, Site
 from fedsb.adapters.attach import scale_of
+from fedsb.adapters.bone import BoneLinear
 from fedsb.adapters.methods import METHODS
 from fedsb.adapters.state import HEAD, get_state, layers_of, set_state
 from fedsb.cli.evaluate import evaluate_run
@@ -40,6 +41,7 @@ from tests.federation.tiny import (
     table,
 )
 from tests.federation.twisted import twisted
+from tests.reference import bone_update
 
 EVERY = pytest.mark.parametrize("method", METHODS)
 OTHERS = [method for method in METHODS if METHODS[method].frames != ("B", "A")]  # without cores
@@ -61,8 +63,15 @@ def delta(layer: Any) -> torch.Tensor:
     if isinstance(layer, MissLinear):  # PEFT has no function of it
         d = layer.miss_block["default"]
         return torch.stack([d[i % len(d)] for i in range(layer.in_features)], 1)
+    if isinstance(layer, BoneLinear):
+        return bone_update(layer.base_layer.weight, layer.bone("default"), layer.fedsb_bone_form["default"])
     update: torch.Tensor = layer.get_delta_weight("default")
     return update
+
+
+def weights_of(run: RunConfig) -> dict[str, torch.Tensor]:
+    """Layer → W0."""
+    return {name: layer.get_base_layer().weight for name, layer in layers_of(Session(run).model).items()}
 
 
 def opened(run: RunConfig, state: dict[str, torch.Tensor]) -> Session:
@@ -116,7 +125,8 @@ def test_the_chain_is_the_update_that_the_layer_adds(method: str, llama: str, wo
     for layer, update in found.items():
         parts = {part: state[f"{layer}.{part}"].double() for part in METHODS[method].parts}
         b, a = (side[layer].double() if layer in side else None for side in (basis.B, basis.A))
-        product = torch.linalg.multi_dot(METHODS[method].chain(parts, b, a, scale_of(run)))
+        chain, of = METHODS[method].chain, METHODS[method].dense
+        product = torch.linalg.multi_dot(chain(parts, b, a, scale_of(run))) if chain else of and of(parts, weights_of(run)[layer])
         torch.testing.assert_close(product, update, rtol=1e-4, atol=1e-5)
 
 
@@ -184,7 +194,8 @@ def test_an_unmodified_peft_reads_the_export(method: str, bert: str, labels: str
     run = config_of(classification(bert, labels, adapter={"method": method, **alpha}))
     federate(run, tmp_path)
     stored = adapters.load(tmp_path / "adapters", "client-1")
-    folder = export_lora(stored, load_basis(tmp_path, stored.manifest.basis_fingerprint), tmp_path / "out")
+    whole: dict[str, Any] = {} if METHODS[method].chain else {"weights": weights_of(run), "rank": 32}
+    folder = export_lora(stored, load_basis(tmp_path, stored.manifest.basis_fingerprint), tmp_path / "out", **whole)
     source = locate(run.model.source)
     ours = opened(run, stored.state).model(input_ids=TOKENS).logits
     loaded = PeftModel.from_pretrained(load_model(source, run.model, 3, device_of("cpu")), folder)
@@ -351,7 +362,7 @@ def test_a_basis_of_another_method_is_refused(llama: str, words: str) -> None:
     for method in METHODS:
         session = Session(config(llama, words, method))
         for other, basis in bases.items():
-            anything = METHODS[other].frames == METHODS[method].frames == ("A",) and METHODS[method].frame is None
-            if other != method and not anything:  # FFA-LoRA's A may be any
+            alike = METHODS[other].frames == METHODS[method].frames and METHODS[method].frame is None
+            if other != method and not alike:  # FFA-LoRA's A may be any, and an empty one is of all methods that have none
                 with pytest.raises(BasisError, match=f"was not made for adapter.method = {method}"):
                     session.use(basis)
