@@ -84,7 +84,11 @@ class AdapterSection(Section):
     method: Literal["lora-sb", "lora", "ffa-lora", "miss", "bone", "bone-row"] = Field(
         "lora-sb", description="the way of adapting, a row of docs/methods.md"
     )
-    rank: PositiveInt = Field(64, description="r: a core has r x r numbers, LoRA's factors r x in and out x r")
+    rank: PositiveInt = Field(
+        64,
+        description="r: a core has r x r numbers, LoRA's factors r x in and out x r; Bone's blocks are r x r, so r must "
+        "divide both sides of every layer",
+    )
     alpha: PositiveFloat | None = Field(
         None,
         description="LoRA's α: updates are scaled by α / rank; by default the rank (only `lora` and `ffa-lora`; "

@@ -129,7 +129,7 @@ class BoneLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             if name not in self.fedsb_bone_blocks:
                 continue
             weight = self.base_layer.weight
-            merged = (weight.data.float() + self.get_delta_weight(name).data).to(weight.dtype)
+            merged = (weight.data + self.get_delta_weight(name).data).to(weight.dtype)  # summed in the wider dtype
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             self.kept = weight.data if self.kept is None else self.kept
