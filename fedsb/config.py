@@ -40,6 +40,8 @@ SOURCES: dict[str, tuple[str, ...]] = {  # method → what `basis.source` may be
     "lora-ga": ("sketch", "public"),
 }
 FOLDING = ("fedex-lora", "flora-stacking")  # what they add to the weights takes each client's own factors
+SCALED = ("lora", "ffa-lora", "lora-xs", "lora-ga", *FOLDING)  # methods that multiply an update by alpha / rank
+NO_RECORDS = ("miss", "bone", "bone-row")  # methods whose trained numbers are in no module that Opacus knows
 
 
 class RunConfig(Section):
@@ -92,8 +94,8 @@ class RunConfig(Section):
                 f'adapter.method = "{self.adapter.method}" has no basis for basis.source = "{self.basis.source}"; set it to '
                 f'{" or ".join(sources)}, or adapter.method = "lora-sb"'
             )
-        if self.adapter.method == "lora-sb" and self.adapter.alpha is not None:
-            raise ValueError('adapter.alpha scales LoRA, and adapter.method = "lora-sb" has no scale; drop it')
+        if self.adapter.method not in SCALED and self.adapter.alpha is not None:
+            raise ValueError(f'adapter.alpha scales LoRA, and adapter.method = "{self.adapter.method}" has no scale; drop it')
         if self.adapter.method in (*FOLDING, "lora-ga") and self.model.dtype == "bf16":
             raise ValueError(
                 f'adapter.method = "{self.adapter.method}" adds to the base model\'s weights what model.dtype = "bf16" would '
@@ -140,6 +142,11 @@ class RunConfig(Section):
         if privacy.unit != "none" and federation.weighting != "uniform":
             raise ValueError(
                 'privacy.unit needs federation.weighting = "uniform", since how many examples a client has is private too; set it'
+            )
+        if privacy.unit == "record" and self.adapter.method in NO_RECORDS:
+            raise ValueError(
+                f'privacy.unit = "record" needs gradients of single records, which adapter.method = "{self.adapter.method}" does '
+                'not give; set privacy.unit = "client", or adapter.method = "lora-sb", "ffa-lora" or "lora"'
             )
         sources = [task.source for task in self.data.tasks if not task.source.startswith("gym:")]
         if privacy.unit != "none" and len({os.path.normpath(source) for source in sources}) < len(sources):

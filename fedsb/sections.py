@@ -17,6 +17,9 @@ SiteName = Annotated[str, Field(pattern=rf"^{SITE_NAME.pattern}$")]
 CLIENT = "{client}"  # in the folder of a `jsonl:` source: the name of the client that reads it
 
 
+Method = Literal["lora-sb", "lora-xs", "lora", "ffa-lora", "fedex-lora", "flora-stacking", "lora-ga", "miss", "bone", "bone-row"]
+
+
 class Section(BaseModel):
     """Base of all sections: frozen, strict about types, and without unknown keys."""
 
@@ -81,14 +84,16 @@ class DataSection(Section):
 class AdapterSection(Section):
     """`[adapter]`: what is trained."""
 
-    method: Literal["lora-sb", "lora-xs", "lora", "ffa-lora", "fedex-lora", "flora-stacking", "lora-ga"] = Field(
-        "lora-sb", description="the way of adapting, a row of docs/methods.md"
+    method: Method = Field("lora-sb", description="the way of adapting, a row of docs/methods.md")
+    rank: PositiveInt = Field(
+        64,
+        description="r: a core has r x r numbers, LoRA's factors r x in and out x r; Bone's blocks are r x r, so r must "
+        "divide both sides of every layer",
     )
-    rank: PositiveInt = Field(64, description="r: a core has r x r numbers, LoRA's factors r x in and out x r")
     alpha: PositiveFloat | None = Field(
         None,
-        description="LoRA's α: updates are scaled by α / rank (`lora-ga`: α / √rank); by default the rank (not for `lora-sb`, "
-        "which has no scale)",
+        description="LoRA's α: updates are scaled by α / rank (`lora-ga`: α / √rank); by default the rank (not for methods "
+        "without a scale)",
     )
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
         "all-linear", description="names of the linear layers to adapt; all of them except the output head"
@@ -128,7 +133,7 @@ class TrainSection(Section):
         "auto",
         description="AdamW's learning rate; `auto`: 0.64 / rank, with a `public` or `sketch` basis 0.32 / rank "
         "(as for rank 16 below it); of `lora`, `fedex-lora` and `flora-stacking` 2e-3, of `ffa-lora` and `lora-xs` 4e-3, of "
-        "`lora-ga` 1e-4",
+        "`lora-ga` 1e-4, of `miss`, `bone` and `bone-row` 4e-4",
     )
     head_learning_rate: PositiveFloat = Field(
         5e-3, description="AdamW's learning rate for a classification head that is trained along"

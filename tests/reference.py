@@ -18,6 +18,17 @@ def adapted_linear(w: Tensor, b: Tensor, r: Tensor, a: Tensor, x: Tensor) -> Ten
     return x.double() @ (w.double() + change).T
 
 
+def bone_update(weight: Tensor, bone: Tensor, form: str) -> Tensor:
+    """The change W_ab·bone + bone of every r x r block of a weight (out, in), block after block, fp64."""
+    weight, bone, r = weight.double(), bone.double(), bone.shape[-1]
+    update = torch.zeros_like(weight)
+    for a in range(weight.shape[0] // r):
+        for b in range(weight.shape[1] // r):
+            rows, columns, own = slice(a * r, (a + 1) * r), slice(b * r, (b + 1) * r), bone[a if form == "column" else b]
+            update[rows, columns] = weight[rows, columns] @ own + own
+    return update
+
+
 def with_updates(model: nn.Module, basis: Basis, state: Mapping[str, Tensor]) -> None:
     """Add B·R·A to the weights of a plain model, in place, layer by layer."""
     for name in basis.B:

@@ -34,6 +34,7 @@ def attach(model: Any, config: RunConfig) -> Any:
     if set(method.frames) == {"B", "A"}:
         told |= {"basis_dtype": config.basis.dtype, "seed": config.seed}
     peft_config = method.config(adapter.rank, scale_of(config) * adapter.rank, told)
+    linear = {name: (m.out_features, m.in_features) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     try:
         with (
             torch.random.fork_rng(devices=[]),
@@ -42,7 +43,11 @@ def attach(model: Any, config: RunConfig) -> Any:
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             peft_model = get_peft_model(model, peft_config)
     except ValueError as error:
-        names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+        hit = [name for name in linear if targets == "all-linear" or any(f".{name}".endswith(f".{t}") for t in targets)]
+        narrow = {name: linear[name] for name in hit if linear[name][1] < adapter.rank}
+        if narrow:  # PEFT's MiSS looks at the rank itself, and names no layer
+            check_rank(narrow, adapter.rank)
+        names = sorted({name.rpartition(".")[2] for name in linear})
         raise AdapterError(
             f"adapter.target_modules = {targets} matches no layer of {config.model.source}; "
             f"its linear layers are {', '.join(names)}"
@@ -61,7 +66,7 @@ def attach(model: Any, config: RunConfig) -> Any:
         raise AdapterError(
             f"adapter.target_modules: {', '.join(missed)} matches no linear layer of {config.model.source}; leave it out"
         )
-    if method.frames == ("A",):
+    if method.frames == ("A",) and method.frame is None:
         for layer in layers.values():
             layer.lora_A["default"].requires_grad_(False)
     _keep_heads_in_fp32(peft_model)
@@ -82,16 +87,15 @@ def model_section(config: RunConfig) -> ModelSection:
 
 
 def give_basis(model: nn.Module, basis: Basis, config: RunConfig) -> None:
-    """Put what is frozen and shared in place: B and A of LoRA-SB, A of FFA-LoRA, nothing of LoRA. What is folded into the weights
-    is not put there (`fold_into`).
+    """Put what is frozen and shared in place: B and A of LoRA-SB, A of FFA-LoRA; nothing of LoRA, nor of MiSS, whose layer has A
+    built in. What is folded into the weights is not put there (`fold_into`).
 
     Raises BasisError if it was not made for this method and these layers, before anything is changed.
     """
     layers, method = layers_of(model), METHODS[config.adapter.method]
-    frames, started = method.frames, method.start is not None
-    if {side for side, part in (("B", basis.B), ("A", basis.A)) if part} != set(frames) or (
-        method.fold is None and len(basis.folds) != started
-    ):
+    wrong = {side for side, part in (("B", basis.B), ("A", basis.A)) if part} != set(method.frames)
+    wrong |= method.fold is None and len(basis.folds) != (method.start is not None)
+    if wrong or (method.frame and not all(torch.equal(a.float(), method.frame((*a.shape,))) for a in basis.A.values())):
         raise BasisError(f"this basis was not made for adapter.method = {config.adapter.method}; use the one of its own run")
     shapes = shapes_of(model)
     if any((u.shape[0], v.shape[1]) != shapes.get(name) for fold in basis.folds for name, (u, v) in fold.items()):
@@ -100,11 +104,11 @@ def give_basis(model: nn.Module, basis: Basis, config: RunConfig) -> None:
         set_basis(model, basis)
         return
     if basis.A and {name: tuple(a.shape) for name, a in basis.A.items()} != {
-        name: tuple(layer.lora_A["default"].weight.shape) for name, layer in layers.items()
+        name: (config.adapter.rank, layer.in_features) for name, layer in layers.items()
     }:
         raise BasisError("this basis was made for other layers or another rank; use the one that was built for this model")
     with torch.no_grad():
-        for name, a in basis.A.items():
+        for name, a in ({} if method.frame else basis.A).items():
             layers[name].lora_A["default"].weight.copy_(a)
 
 
@@ -146,7 +150,7 @@ def restarted(layout: Layout, seed: int, server_round: int, state: Mapping[str, 
 
 
 def initial_state(layout: Layout, seed: int, *role: str) -> State:
-    """The base model as a state, from which everybody starts: cores and B zero, A and the head's weights from the seed."""
+    """The base model as a state, from which everybody starts: cores, B and D zero, A and the head's weights from the seed."""
     state = {}
     for name, shape in layout.shapes:
         if name.startswith(HEAD) and len(shape) > 1:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fedsb.basis.frames import Basis
 
 Parts = Mapping[str, Tensor]  # what is trained in one layer: part → tensor
+Dense = Callable[[Parts, Tensor], Tensor]
 Chain = Callable[[Parts, Tensor | None, Tensor | None, float], tuple[Tensor, ...]]
 FoldOf = Callable[[Sequence[Parts], Sequence[float], Parts, float], tuple[Tensor, Tensor]]
 Start = Callable[[Basis, float], dict[str, dict[str, Tensor]]]
@@ -21,9 +22,10 @@ class Method:
 
     Attributes:
         config: (rank, α, everything else that PEFT is told) → PEFT's configuration.
-        parts: what is trained, and so travels: part → its shape in the letters `out`, `in`, `r`.
+        parts: what is trained, and so travels: part → its shape in the letters `out`, `in`, `r` (`out/r`: a number of blocks).
         frames: which of B and A are frozen and shared by all; they are the basis.
-        chain: (parts, B, A, α / r) → matrices whose product, from left to right, is the update of the weight (out, in).
+        chain: (parts, B, A, α / r) → matrices whose product, from left to right, is the update of the weight (out, in). None
+            where the update takes W0; then it is linear in the parts, and `dense` says it.
         exact: whether the mean of the parts is the mean of the updates, whatever the clients send.
         says: one sentence for the card of an exported adapter.
         fold: (clients' parts, their shares of the mean, the mean of the parts, scale) → U (out, k), V (k, in) of a layer: what is
@@ -32,12 +34,14 @@ class Method:
         start: (basis, scale) → the parts of each layer before the first round, where they follow from the basis.
         rslora: whether updates are scaled by α/√r instead of α/r.
         rate: AdamW's learning rate for `train.learning_rate = "auto"`; None: by rank and basis (`fedsb.training.loop`).
+        frame: (r, in) → A, where A alone is frozen and follows from its shape; None: from the run's seed.
+        dense: (parts, W0) → the update of the weight (out, in), where there is no chain.
     """
 
     config: Callable[[int, float, dict[str, Any]], PeftConfig]
     parts: Mapping[str, tuple[str, ...]]
     frames: tuple[str, ...]
-    chain: Chain
+    chain: Chain | None
     exact: bool
     says: str
     fold: FoldOf | None = None
@@ -45,6 +49,8 @@ class Method:
     start: Start | None = None
     rslora: bool = False
     rate: float | None = None
+    frame: Callable[[tuple[int, int]], Tensor] | None = None
+    dense: Dense | None = None
 
     @property
     def folds(self) -> bool:

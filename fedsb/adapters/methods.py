@@ -1,5 +1,6 @@
 """The table of methods: the names that configurations use, and what each is made of."""
 
+from fedsb.adapters.bone import BONE, BONE_ROW
 from fedsb.adapters.fedex_lora import FEDEX_LORA
 from fedsb.adapters.ffa_lora import FFA_LORA
 from fedsb.adapters.flora_stacking import FLORA_STACKING
@@ -8,6 +9,7 @@ from fedsb.adapters.lora_ga import LORA_GA
 from fedsb.adapters.lora_sb import LORA_SB
 from fedsb.adapters.lora_xs import LORA_XS
 from fedsb.adapters.method import Method
+from fedsb.adapters.miss import MISS
 
 METHODS: dict[str, Method] = {
     "lora-sb": LORA_SB,
@@ -17,4 +19,7 @@ METHODS: dict[str, Method] = {
     "fedex-lora": FEDEX_LORA,
     "flora-stacking": FLORA_STACKING,
     "lora-ga": LORA_GA,
+    "miss": MISS,
+    "bone": BONE,
+    "bone-row": BONE_ROW,
 }

@@ -1,12 +1,10 @@
-"""The one PEFT type of this project. Imported before anything that builds or loads one of its adapters.
+"""The PEFT types of this project. Imported before anything that builds or loads one of its adapters.
 
-PEFT keeps its types in an enumeration that only it may extend, so the member is added by hand. An unmodified PEFT does
-not know the type and refuses our native files loudly, which is meant: it could not apply them.
+PEFT keeps its types in an enumeration that only it may extend, so the members are added by hand. An unmodified PEFT does
+not know the types and refuses our native files loudly, which is meant: it could not apply them.
 """
 
 from peft.utils.peft_types import PeftType
-
-NAME = "FEDSB"
 
 
 def _extend_peft_types(name: str) -> PeftType:
@@ -21,4 +19,5 @@ def _extend_peft_types(name: str) -> PeftType:
     return member
 
 
-FEDSB = _extend_peft_types(NAME)
+FEDSB = _extend_peft_types("FEDSB")  # LoRA-SB
+FEDSB_BONE = _extend_peft_types("FEDSB_BONE")

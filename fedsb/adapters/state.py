@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.miss.layer import MissLinear
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from fedsb.adapters.bone import BoneLinear
 from fedsb.adapters.lora_sb import LoraSbLinear
 from fedsb.errors import AdapterError
 
@@ -25,11 +27,11 @@ HEAD = "head."
 
 
 def layers_of(model: nn.Module) -> dict[str, Any]:
-    """Layer name (its path in the base model) → adapted layer (`LoraSbLinear` or PEFT's LoRA), in the model's order."""
+    """Layer name (its path in the base model) → adapted layer (ours, or PEFT's LoRA or MiSS), in the model's order."""
     return {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
-        if isinstance(module, LoraSbLinear | LoraLinear)
+        if isinstance(module, LoraSbLinear | BoneLinear | LoraLinear | MissLinear)
     }
 
 
@@ -43,6 +45,10 @@ def parameters_of(model: nn.Module, adapter: str = "default") -> dict[str, nn.Pa
         elif isinstance(module, LoraLinear) and adapter in module.lora_A:
             factors: dict[str, Any] = {"A": module.lora_A[adapter].weight, "B": module.lora_B[adapter].weight}
             found |= {f"{path}.{part}": factor for part, factor in factors.items() if factor.requires_grad}
+        elif isinstance(module, MissLinear) and adapter in module.miss_block:
+            found[path + ".D"] = module.miss_block[adapter]
+        elif isinstance(module, BoneLinear) and adapter in module.fedsb_bone_blocks:
+            found[path + (".bone" if module.fedsb_bone_form[adapter] == "column" else ".bone_row")] = module.bone(adapter)
         elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
             for name, parameter in module.modules_to_save[adapter].named_parameters():
                 found[f"{HEAD}{path}.{name}"] = parameter

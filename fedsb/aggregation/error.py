@@ -16,7 +16,7 @@ class AggregationError:
 
     For a Gaussian probe v, E‖M·v‖² = ‖M‖_F², so each client's update is applied to the same few probes instead of being
     formed (out x in numbers a layer). A frozen A is applied to the probes once. Memory: PROBES columns a layer, and a frozen B.
-    All in fp64.
+    An update that takes W0 (`Method.dense`) is linear in its parts, and the error is measured on these themselves. All in fp64.
 
     Args:
         method: says what an update is (`Method.chain`).
@@ -31,11 +31,11 @@ class AggregationError:
     ) -> None:
         self._method, self._scale = method, scale
         self._b = {name: b.double() for name, b in basis.B.items()}
-        self._out = {name: shape[0] for name, shape in sorted(shapes.items())}  # a basis read from disk has another order
+        self._names = sorted(shapes)  # a basis read from disk has another order
         self._probes = {
             name: torch.randn(in_, PROBES, dtype=torch.float64, generator=generator) for name, (_, in_) in sorted(shapes.items())
         }
-        self._folded = {name: torch.zeros(out, PROBES, dtype=torch.float64) for name, out in self._out.items()}
+        self._folded: dict[str, Tensor] = {}  # (out, PROBES)
         for fold in basis.folds:
             self.fold(fold)
         self._a = {name: a.double() @ self._probes[name] for name, a in basis.A.items()}  # (r, PROBES), instead of A
@@ -44,17 +44,18 @@ class AggregationError:
     def fold(self, more: Fold) -> None:
         """Count what was added to the weights: an update is all that differs from the base model."""
         for name, (u, v) in more.items():
-            self._folded[name] = self._folded[name] + u.double() @ (v.double() @ self._probes[name])
+            self._folded[name] = self._folded.get(name, 0) + u.double() @ (v.double() @ self._probes[name])
 
     def start(self) -> None:
         """Forget the last round."""
-        self._sum = {name: torch.zeros(out, PROBES, dtype=torch.float64) for name, out in self._out.items()}
+        self._sum: dict[str, Tensor] = {}
         self._weight = 0.0
 
     def add(self, state: Mapping[str, Tensor], weight: float) -> None:
         """Count one client's state."""
-        for name, total in self._sum.items():
-            total.add_(self._apply(name, state) + self._folded[name], alpha=weight)
+        for name in self._names:
+            applied = self._apply(name, state) + self._folded.get(name, 0)
+            self._sum.setdefault(name, torch.zeros_like(applied)).add_(applied, alpha=weight)
         self._weight += weight
 
     def result(self, aggregate: Mapping[str, Tensor]) -> float:
@@ -62,13 +63,15 @@ class AggregationError:
         difference = norm = 0.0
         for name, total in self._sum.items():
             mean = total / self._weight
-            difference += float((mean - self._apply(name, aggregate) - self._folded[name]).square().sum())
+            difference += float((mean - self._apply(name, aggregate) - self._folded.get(name, 0)).square().sum())
             norm += float(mean.square().sum())
         return (difference / norm) ** 0.5 if norm else 0.0
 
     def _apply(self, name: str, state: Mapping[str, Tensor]) -> Tensor:
-        """A layer's update times its probes (out, PROBES)."""
+        """A layer's update times its probes (out, PROBES), or its parts as one vector."""
         parts = {part: state[f"{name}.{part}"].double() for part in self._method.parts}
+        if self._method.chain is None:
+            return torch.cat([part.flatten() for part in parts.values()])
         chain = self._method.chain(parts, self._b.get(name), self._a.get(name), self._scale)
         if "A" not in self._method.frames:
             chain = (*chain, self._probes[name])

@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from torch import Tensor, nn
 
+from fedsb.adapters.methods import METHODS
 from fedsb.errors import StoreError
-from fedsb.models import locate, outline_model
+from fedsb.models import Source, device_of, load_model, locate, outline_model
 from fedsb.store import adapters
+from fedsb.store.adapters import StoredAdapter
 from fedsb.store.basis_files import load_basis
-from fedsb.store.export import export_core, export_lora
+from fedsb.store.export import MANIFEST_FILE, export_core, export_lora
+from fedsb.store.files import read_json
 from server.run_folder import load_run
 
 
@@ -30,19 +34,44 @@ def export(
         Format,
         typer.Option("--format", help="lora: plain LoRA for PEFT and vLLM; core: ours, small matrices with their basis"),
     ] = Format.lora,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="rank to which updates are truncated that are no LoRA (bone); twice their own by default"),
+    ] = None,
 ) -> None:
     """Write personal adapters of a run as folders: plain LoRA for PEFT and vLLM, or our own format."""
     if (client is None) == (not all_):
         raise StoreError("name one client with --client NAME, or all of them with --all")
+    if rank is not None and format_ is not Format.lora:
+        raise StoreError("--rank is that of a plain LoRA; leave it out, or set --format lora")
     config, store = load_run(run), run / "adapters"
     names = adapters.clients(store) if all_ else [str(client)]
     if not names:
         raise StoreError(f"{store} holds no adapters yet; let the run finish first")
     labels = 1 if config.model.kind == "classification" else None
-    modules = [name for name, _ in outline_model(locate(config.model.source), config.model, labels).named_modules() if name]
+    source, whole = locate(config.model.source), METHODS[config.adapter.method].chain is None
+    model = load_model(source, config.model, labels, device_of("cpu")) if whole else outline_model(source, config.model, labels)
+    modules = [name for name, _ in model.named_modules() if name]
     for name in names:
         stored = adapters.load(store, name)
         basis = load_basis(run, stored.manifest.basis_fingerprint)
-        write = export_lora if format_ is Format.lora else export_core
-        folder = write(stored, basis, out / name, modules=modules)
-        print(f"{name}: version {stored.manifest.version} of round {stored.manifest.round} → {folder}")
+        if format_ is Format.core:
+            folder = export_core(stored, basis, out / name, modules=modules)
+        else:
+            weights = _weights(model, stored, source) if whole else None
+            folder = export_lora(stored, basis, out / name, modules=modules, weights=weights, rank=rank)
+        cut = read_json(folder / MANIFEST_FILE).get("truncated")
+        lost = f", truncated to rank {cut['rank']}: {cut['relative_loss']:.2%} of the update's norm is lost" if cut else ""
+        print(f"{name}: version {stored.manifest.version} of round {stored.manifest.round} → {folder}{lost}")
+
+
+def _weights(model: nn.Module, stored: StoredAdapter, source: Source) -> dict[str, Tensor]:
+    """Layer → W0. Raises StoreError if the model is not the one that the adapter was trained on."""
+    trained_on = stored.manifest.base_model.sha256
+    if trained_on != source.sha256:
+        raise StoreError(
+            f"model.source = {source.name}: its weights (SHA-256 {source.sha256[:12]}) are not those that the adapter of "
+            f"{stored.manifest.client} was trained on ({trained_on[:12]}); restore them"
+        )
+    parameters = dict(model.named_parameters())
+    return {layer: parameters[f"{layer}.weight"] for layer in stored.layers if f"{layer}.weight" in parameters}

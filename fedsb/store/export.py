@@ -2,7 +2,8 @@
 
 Both hold `adapter_config.json`, `adapter_model.safetensors`, `README.md` and `manifest.json`, and replace an older
 export whole. The plain LoRA of LoRA-SB puts everything trained on the B side (lora_B = B R, lora_A = A), so that A is the
-same for all clients of a run. Scales are in lora_B.
+same for all clients of a run. Scales are in lora_B. Bone's updates are no products: they are truncated, and what is lost is
+said.
 """
 
 import functools
@@ -22,6 +23,7 @@ from fedsb.errors import BasisError, StoreError
 from fedsb.store.adapters import StoredAdapter
 from fedsb.store.files import read_json, sha256_of, staged_folder, write_file, write_json
 from fedsb.store.tensors import save_tensors
+from fedsb.store.truncation import truncated
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, MANIFEST_FILE = (
     "adapter_config.json",
@@ -37,32 +39,46 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
 
 
 def export_lora(
-    stored: StoredAdapter, basis: Basis, out: Path, dtype: torch.dtype = torch.float32, modules: Collection[str] = ()
+    stored: StoredAdapter,
+    basis: Basis,
+    out: Path,
+    dtype: torch.dtype = torch.float32,
+    modules: Collection[str] = (),
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    rank: int | None = None,
 ) -> Path:
     """Write a plain LoRA: the last matrix of the method's chain as lora_A (r, in), the product of those before it, in fp64, as
     lora_B (out, r); of LoRA-SB A and B·R. What was folded into the base model's weights is put beside them, so that the folder
     fits the original model: its rank is then r and those of the folds together, and at most the smaller side of the layer. Layers
     of a smaller rank are filled up with zeros. Stored in `dtype`.
 
-    `modules`: see `target_modules`. Raises BasisError (not the adapter's basis), StoreError (`out` is something
-    else) and DiskError; then whatever was at `out` is as before.
+    `modules`: see `target_modules`. A method without a chain needs `weights` (layer → W0) and is truncated to `rank`
+    (`truncated`); manifest and card say what is lost. Raises BasisError (not the adapter's basis or weights), StoreError (`out`
+    is something else, or a rank that makes no sense) and DiskError; then whatever was at `out` is as before.
     """
     _check(stored, basis)
     method, scale = METHODS[stored.manifest.method], stored.manifest.scale
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    for layer, parts in stored.layers.items():
-        wide = {part: tensor.double() for part, tensor in parts.items()}
-        b, a = (side[layer].double() if layer in side else None for side in (basis.B, basis.A))
-        *before, last = method.chain(wide, b, a, scale)
-        folds = [fold[layer] for fold in basis.folds if layer in fold]
-        found[layer] = beside([(functools.reduce(torch.matmul, before), last), *folds])
-    rank = max(right.shape[0] for _, right in found.values())
+    loras: dict[str, tuple[Tensor, Tensor]] = {}
+    lost: float | None = None
+    if method.chain is None:
+        loras, lost = truncated(stored, weights or {}, rank, dtype)
+    elif rank is not None:
+        raise StoreError(f"{stored.manifest.method} is exported whole, at its own rank; leave --rank out")
+    else:
+        for layer, parts in stored.layers.items():
+            wide = {part: tensor.double() for part, tensor in parts.items()}
+            b, a = (side[layer].double() if layer in side else None for side in (basis.B, basis.A))
+            *before, last = method.chain(wide, b, a, scale)
+            folds = [fold[layer] for fold in basis.folds if layer in fold]
+            loras[layer] = beside([(functools.reduce(torch.matmul, before), last), *folds])
+    most = max(right.shape[0] for _, right in loras.values())
     tensors: dict[str, Tensor] = {}
-    for layer, (left, right) in found.items():
-        room = rank - right.shape[0]
+    for layer, (left, right) in loras.items():
+        room = most - right.shape[0]
         tensors[f"{PREFIX}{layer}.lora_A.weight"] = functional.pad(right, (0, 0, 0, room)).to(dtype)
         tensors[f"{PREFIX}{layer}.lora_B.weight"] = functional.pad(left, (0, room)).to(dtype)
-    return _write(out, stored, lora_config(stored, rank, modules), tensors | _head(stored))
+    return _write(out, stored, lora_config(stored, modules, most), tensors | _head(stored), lost)
 
 
 def export_core(stored: StoredAdapter, basis: Basis, out: Path, modules: Collection[str] = ()) -> Path:
@@ -81,8 +97,8 @@ def export_core(stored: StoredAdapter, basis: Basis, out: Path, modules: Collect
     return _write(out, stored, core_config(stored, modules), tensors | _head(stored))
 
 
-def lora_config(stored: StoredAdapter, rank: int, modules: Collection[str] = ()) -> dict[str, Any]:
-    """`adapter_config.json` of the plain LoRA of a rank. lora_alpha = r, so that PEFT scales by 1."""
+def lora_config(stored: StoredAdapter, modules: Collection[str], rank: int) -> dict[str, Any]:
+    """`adapter_config.json` of the plain LoRA of some rank. lora_alpha = r, so that PEFT scales by 1."""
     return _common(stored, rank, modules) | {
         "alpha_pattern": {},
         "bias": "none",
@@ -91,6 +107,7 @@ def lora_config(stored: StoredAdapter, rank: int, modules: Collection[str] = ())
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "peft_type": "LORA",
+        "r": rank,
         "rank_pattern": {},
         "use_dora": False,
         "use_rslora": False,
@@ -171,14 +188,17 @@ def _check(stored: StoredAdapter, basis: Basis) -> None:
         )
 
 
-def _write(out: Path, stored: StoredAdapter, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+def _write(
+    out: Path, stored: StoredAdapter, config: Mapping[str, Any], tensors: Mapping[str, Tensor], lost: float | None = None
+) -> Path:
     _guard(out)
+    truncation = {} if lost is None else {"truncated": {"rank": config["r"], "relative_loss": lost}}
     with staged_folder(out) as staged:
         write_json(staged / CONFIG_FILE, config)
         save_tensors(staged / WEIGHTS_FILE, tensors, {"format": "pt"})
-        write_file(staged / CARD_FILE, _card(stored, config, tensors).encode())
+        write_file(staged / CARD_FILE, _card(stored, config, lost).encode())
         files = {name: sha256_of(staged / name) for name in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)}
-        write_json(staged / MANIFEST_FILE, stored.manifest.model_dump(mode="json") | {"files": files})
+        write_json(staged / MANIFEST_FILE, stored.manifest.model_dump(mode="json") | truncation | {"files": files})
     return out
 
 
@@ -197,11 +217,12 @@ def _guard(out: Path) -> None:
         raise StoreError(f"{out}: holds {strangers[0]}, which no export wrote; move it away or name a new folder")
 
 
-def _card(stored: StoredAdapter, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def _card(stored: StoredAdapter, config: Mapping[str, Any], lost: float | None) -> str:
     manifest = stored.manifest
     trained = sum(tensor.numel() for tensor in stored.state.values())
     method = METHODS[manifest.method]
     basis = f"| basis fingerprint | `{manifest.basis_fingerprint}` |\n" if method.frames else ""
+    cut = "" if lost is None else f"| truncated | to rank {config['r']}: {lost:.2%} of the update's norm is lost |\n"
     privacy = "none" if manifest.epsilon is None else f"ε = {manifest.epsilon:g} spent by this client"
     return f"""---
 base_model: {json.dumps(manifest.base_model.name)}
@@ -220,7 +241,7 @@ tags: [fedsb, {manifest.method}, {str(config["peft_type"]).lower()}]
 | task | {manifest.task} |
 | round | {manifest.round} |
 | differential privacy | {privacy} |
-{basis}| published | {manifest.created} |
+{basis}{cut}| published | {manifest.created} |
 
 Trained with FedSB. {method.says} The server averaged what they sent in each of {manifest.round} rounds, and
 this client went on from the last average on its own data. The files' SHA-256 are in `manifest.json`.

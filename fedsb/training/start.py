@@ -30,10 +30,11 @@ def can_rebuild(config: RunConfig) -> bool:
 
 
 def basis_source(config: RunConfig) -> str:
-    """Where the basis comes from, for people: `none` if the method has none, `seed` if A alone follows from the seed."""
+    """Where the basis comes from, for people: `none` if the method has none; of A alone `seed`, or `shape`."""
     method = METHODS[config.adapter.method]
-    made = set(method.frames) == {"B", "A"} or method.start is not None
-    return config.basis.source if made else "seed" if method.frames else "none"
+    if set(method.frames) == {"B", "A"} or method.start is not None:
+        return config.basis.source
+    return ("shape" if method.frame else "seed") if method.frames else "none"
 
 
 def needs_weights(config: RunConfig) -> bool:
@@ -42,8 +43,8 @@ def needs_weights(config: RunConfig) -> bool:
 
 
 def build_basis(config: RunConfig, model: Any, tokenizer: Any, device: torch.device) -> Basis:
-    """Build what is frozen and shared, in the dtype in which it is kept and sent: the basis of LoRA-SB, A of FFA-LoRA, nothing of
-    LoRA, what LoRA-GA takes from the weights. A basis from sketches is not built alone (`server/sketching.py`).
+    """Build what is frozen and shared, in the dtype in which it is kept and sent: the basis of LoRA-SB, A of FFA-LoRA and MiSS,
+    nothing of LoRA, what LoRA-GA takes from the weights. A basis from sketches is not built alone (`server/sketching.py`).
 
     Args:
         config: the run.
@@ -51,8 +52,8 @@ def build_basis(config: RunConfig, model: Any, tokenizer: Any, device: torch.dev
         tokenizer: only used for `basis.source = "public"`.
         device: where the model is.
     """
-    section, frames = config.basis, METHODS[config.adapter.method].frames
-    layers = {name: layer.get_base_layer() for name, layer in layers_of(model).items()}
+    section, method, rank = config.basis, METHODS[config.adapter.method], config.adapter.rank
+    frames, shapes = method.frames, shapes_of(model)
     if section.source == "sketch":
         raise BasisError('basis.source = "sketch" is made of what clients send; it cannot be built by one side alone')
     if section.source == "public":
@@ -60,14 +61,17 @@ def build_basis(config: RunConfig, model: Any, tokenizer: Any, device: torch.dev
     if not frames:
         basis = Basis({}, {}, {})
     elif frames == ("A",):
+        made = method.frame
         a = {
-            name: start_of_a((config.adapter.rank, in_), seeded(config.seed, name)) for name, (_, in_) in shapes_of(model).items()
+            name: made((rank, in_)) if made else start_of_a((rank, in_), seeded(config.seed, name))
+            for name, (_, in_) in shapes.items()
         }
         basis = Basis({}, a, {})
     elif section.source == "random":
-        basis = random_basis(shapes_of(model), config.adapter.rank, config.seed)
+        basis = random_basis(shapes, rank, config.seed)
     else:
-        basis = weights_basis(layers, config.adapter.rank, config.seed)
+        layers = {name: layer.get_base_layer() for name, layer in layers_of(model).items()}
+        basis = weights_basis(layers, rank, config.seed)
         if config.adapter.method == "lora-xs":
             basis = lora_xs_basis(basis, layers, config.seed, scale_of(config))
     return basis.to(DTYPES[section.dtype])

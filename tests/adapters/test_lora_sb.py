@@ -15,6 +15,7 @@ from fedsb.errors import AdapterError, BasisError
 from tests.adapters.samples import RANK, adapted, also, bert, gpt2, llama, snapshot, tokens
 from tests.reference import adapted_linear, with_updates
 
+TYPES = {"lora-sb": "FEDSB", "lora": "LORA", "ffa-lora": "LORA", "miss": "MISS", "bone": "FEDSB_BONE", "bone-row": "FEDSB_BONE"}
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
@@ -288,9 +289,10 @@ def test_only_the_active_adapter_counts_and_is_trained() -> None:
 def test_the_table_of_methods_builds_what_it_says() -> None:
     for name, method in METHODS.items():
         config = method.config(RANK, float(RANK), {"target_modules": "all-linear"})
-        assert config.peft_type.value == ("FEDSB" if name == "lora-sb" else "LORA")
+        assert config.peft_type.value == TYPES[name]
         assert set(method.frames) <= {"B", "A"} and method.parts
-        sizes = {"out": 7, "in": 9, "r": RANK}
+        assert (method.chain is None) != (method.dense is None)
+        sizes = {"out": 7, "in": 9, "r": RANK, "out/r": 3, "in/r": 5}
         for part, letters in method.parts.items():
             shape = tuple(sizes[letter] for letter in letters)
             assert method.fits(part, shape, RANK) and not method.fits(part, shape, RANK + 1)

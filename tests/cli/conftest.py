@@ -30,3 +30,11 @@ def run(toml: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run"
     assert call("simulate", str(toml), "--out", str(folder)) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def bone(toml: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a method whose export is truncated."""
+    folder = tmp_path_factory.mktemp("finished") / "bone"
+    assert call("simulate", str(toml), "--out", str(folder), "--set", "adapter.method=bone", "--set", "federation.rounds=1") == 0
+    return folder

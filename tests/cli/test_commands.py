@@ -1,5 +1,6 @@
 """What the commands do when all is well."""
 
+import copy
 import json
 import re
 import shutil
@@ -20,6 +21,7 @@ from fedsb.store.files import read_json
 from fedsb.store.tensors import load_tensors
 from tests.cli.front_door import call
 from tests.federation.tiny import assert_same_run, equal, final_state, personal_states
+from tests.reference import bone_update
 
 Capture = pytest.CaptureFixture[str]
 ROOT = Path(__file__).parents[2]
@@ -143,6 +145,23 @@ def test_export_of_one_client_writes_only_that_one(run: Path, tmp_path: Path) ->
     assert [path.name for path in out.iterdir()] == ["client-1"]
     assert read_json(out / "client-1" / "adapter_config.json")["peft_type"] == "LORA"
     assert read_json(out / "client-1" / "manifest.json")["round"] == 3
+
+
+def test_export_says_what_a_truncated_update_loses(bone: Path, llama: str, tmp_path: Path, capsys: Capture) -> None:
+    base = AutoModelForCausalLM.from_pretrained(llama)
+    for rank, chosen in ((8, []), (32, ["--rank", "32"])):
+        assert call("export", str(bone), "--client", "client-1", "--out", str(tmp_path), *chosen) == 0
+        said = read_json(tmp_path / "client-1" / "manifest.json")["truncated"]
+        lost = f", truncated to rank {rank}: {said['relative_loss']:.2%} of the update's norm is lost\n"
+        assert said["rank"] == rank and capsys.readouterr().out.endswith(lost)
+        assert (said["relative_loss"] < 1e-5) == (rank == 32)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), str(tmp_path / "client-1"))
+    byhand = copy.deepcopy(base)
+    for name, blocks in personal_states(bone)["client-1"].items():
+        weight = byhand.get_submodule(name.removesuffix(".bone")).weight
+        weight.data = (weight.data.double() + bone_update(weight.data, blocks, "column")).float()
+    assert (_logits(byhand) - _logits(base)).abs().max() > 1e-3
+    torch.testing.assert_close(_logits(loaded), _logits(byhand), atol=1e-5, rtol=1e-5)
 
 
 def test_doctor_finds_nothing_to_mend(llama: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

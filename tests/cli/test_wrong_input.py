@@ -288,6 +288,27 @@ def test_a_torn_adapter_or_basis_is_not_exported(run: Path, out: Path, tmp_path:
     assert not (tmp_path / "x").exists()
 
 
+def test_a_rank_where_it_makes_no_sense(run: Path, bone: Path, tmp_path: Path, capsys: Capture) -> None:
+    to = ["--client", "client-0", "--out", str(tmp_path / "x")]
+    assert "lora-sb is exported whole, at its own rank; leave --rank out" in complaint(
+        capsys, "export", str(run), "--rank", "3", *to
+    )
+    assert "leave it out, or set --format lora" in complaint(capsys, "export", str(run), "--rank", "3", "--format", "core", *to)
+    assert "at most rank 32; take 1 to 32" in complaint(capsys, "export", str(bone), "--rank", "33", *to)
+    assert "bone has no cores" in complaint(capsys, "export", str(bone), "--format", "core", *to)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_truncated_export_needs_the_weights_of_the_run(bone: Path, out: Path, tmp_path: Path, capsys: Capture) -> None:
+    shutil.copytree(bone, out)
+    other = save_model(tmp_path / "other", width=64)
+    written = RunConfig.load(bone / "config.toml", [f"model.source={other}"]).to_toml()
+    (out / "config.toml").write_text(written)
+    sentence = complaint(capsys, "export", str(out), "--client", "client-0", "--out", str(tmp_path / "x"))
+    assert f"model.source = {other}: its weights" in sentence and "client-0 was trained on" in sentence
+    assert not (tmp_path / "x").exists()
+
+
 def test_an_export_does_not_replace_a_strangers_folder(run: Path, tmp_path: Path, capsys: Capture) -> None:
     mine = tmp_path / "x" / "client-0"
     mine.mkdir(parents=True)

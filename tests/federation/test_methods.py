@@ -7,18 +7,20 @@ import pytest
 import torch
 from flwr.app import Message
 from peft import PeftModel
+from peft.tuners.miss.layer import MissLinear
 from safetensors.torch import load_file
 
 from clients.session import Session, Site
 from fedsb.adapters.attach import restarted, scale_of, start_state
+from fedsb.adapters.bone import BoneLinear
 from fedsb.adapters.flora_stacking import stacked
 from fedsb.adapters.methods import METHODS
 from fedsb.adapters.state import HEAD, get_state, layers_of, set_state
 from fedsb.aggregation.folding import fold_of
 from fedsb.basis.frames import Basis
 from fedsb.cli.evaluate import evaluate_run
-from fedsb.config import RunConfig
-from fedsb.errors import AdapterError, BasisError, ConfigError, StoreError
+from fedsb.config import NO_RECORDS, SCALED, RunConfig
+from fedsb.errors import AdapterError, BasisError, ConfigError, PrivacyError, StoreError
 from fedsb.models import device_of, load_model, locate
 from fedsb.privacy.accounting import epsilon
 from fedsb.store import adapters
@@ -27,6 +29,7 @@ from fedsb.store.export import export_core, export_lora
 from fedsb.store.files import read_json
 from fedsb.store.ledger import NAME, Ledger
 from fedsb.training.loop import round_plan
+from fedsb.training.private import check_gradients
 from fedsb.training.start import build_basis
 from strategies.records import ARRAYS, PREPARE, TRAIN, pack_basis, unpack_basis, unpack_state
 from strategies.sums import PAYLOAD
@@ -42,9 +45,11 @@ from tests.federation.tiny import (
     table,
 )
 from tests.federation.twisted import twisted
+from tests.reference import bone_update
 
 EVERY = pytest.mark.parametrize("method", METHODS)
-FAMILY = pytest.mark.parametrize("method", ["lora", "ffa-lora", "lora-ga"])
+OTHERS = [method for method in METHODS if METHODS[method].frames != ("B", "A")]  # without cores
+FAMILY = pytest.mark.parametrize("method", OTHERS)
 TOKENS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 
 
@@ -58,13 +63,29 @@ def basis_for(method: str, task: str) -> dict[str, Any]:
     return {"basis": public} if method == "lora-ga" else {}
 
 
+def delta(layer: Any) -> torch.Tensor:
+    """The update of one layer's weight (out, in)."""
+    if isinstance(layer, MissLinear):  # PEFT has no function of it
+        d = layer.miss_block["default"]
+        return torch.stack([d[i % len(d)] for i in range(layer.in_features)], 1)
+    if isinstance(layer, BoneLinear):
+        return bone_update(layer.base_layer.weight, layer.bone("default"), layer.fedsb_bone_form["default"])
+    update: torch.Tensor = layer.get_delta_weight("default")
+    return update
+
+
+def weights_of(run: RunConfig) -> dict[str, torch.Tensor]:
+    """Layer → W0."""
+    return {name: layer.get_base_layer().weight for name, layer in layers_of(Session(run).model).items()}
+
+
 def dense(run: RunConfig, state: dict[str, torch.Tensor], basis: Basis | None = None) -> dict[str, torch.Tensor]:
     """Layer → by how much its weight differs from the base model's, as the model itself has it under a state and a basis."""
     session = opened(run, state, basis)
     found = {}
     for name, layer in layers_of(session.model).items():
         folded = sum((u.double() @ v.double() for fold in session.folds for u, v in [fold[name]]), torch.zeros(()))
-        found[name] = layer.get_delta_weight("default").detach().double() + folded
+        found[name] = delta(layer).detach().double() + folded
     return found
 
 
@@ -116,19 +137,20 @@ def test_the_base_model_is_where_everybody_starts(method: str, llama: str, words
 
 @EVERY
 def test_the_chain_is_the_update_that_the_layer_adds(method: str, llama: str, words: str) -> None:
-    alpha = {} if method == "lora-sb" else {"alpha": 12.0}
+    alpha = {"alpha": 12.0} if method in SCALED else {}
     run = config(llama, words, method, adapter={"method": method, **alpha})
     session = Session(run)
     torch.manual_seed(0)
     state = {name: torch.randn_like(t) for name, t in session.layout.unflatten(session.base_vector()).items()}
     found = dense(run, state)
     basis = build_basis(run, session.model, session.tokenizer, session.device)
-    assert scale_of(run) == {"lora-sb": 1.0, "lora-ga": 6.0}.get(method, 3.0)
+    assert scale_of(run) == (6.0 if method == "lora-ga" else 3.0 if method in SCALED else 1.0)
     folded = {name: u.double() @ v.double() for fold in basis.folds for name, (u, v) in fold.items()}
     for layer, update in found.items():
         parts = {part: state[f"{layer}.{part}"].double() for part in METHODS[method].parts}
         b, a = (side[layer].double() if layer in side else None for side in (basis.B, basis.A))
-        product = torch.linalg.multi_dot(METHODS[method].chain(parts, b, a, scale_of(run)))
+        chain, of = METHODS[method].chain, METHODS[method].dense
+        product = torch.linalg.multi_dot(chain(parts, b, a, scale_of(run))) if chain else of and of(parts, weights_of(run)[layer])
         torch.testing.assert_close(product + folded.get(layer, 0), update, rtol=1e-4, atol=1e-5)
 
 
@@ -200,11 +222,12 @@ def test_a_killed_run_resumes_to_the_same_bits(method: str, llama: str, words: s
 
 @EVERY
 def test_an_unmodified_peft_reads_the_export(method: str, bert: str, labels: str, tmp_path: Path) -> None:
-    alpha = {} if method == "lora-sb" else {"alpha": 8.0}
+    alpha = {"alpha": 8.0} if method in SCALED else {}
     run = config_of(classification(bert, labels, adapter={"method": method, **alpha}, **basis_for(method, labels)))
     federate(run, tmp_path)
     stored = adapters.load(tmp_path / "adapters", "client-1")
-    folder = export_lora(stored, load_basis(tmp_path, stored.manifest.basis_fingerprint), tmp_path / "out")
+    whole: dict[str, Any] = {} if METHODS[method].chain else {"weights": weights_of(run), "rank": 32}
+    folder = export_lora(stored, load_basis(tmp_path, stored.manifest.basis_fingerprint), tmp_path / "out", **whole)
     source = locate(run.model.source)
     ours = opened(run, stored.state, last_basis(tmp_path)).model(input_ids=TOKENS).logits
     loaded = PeftModel.from_pretrained(load_model(source, run.model, 3, device_of("cpu")), folder)
@@ -249,7 +272,7 @@ def test_half_as_much_travels_with_a_frozen_and_shared_a(llama: str, words: str,
 
 @FAMILY
 def test_private_by_record_and_by_client_and_under_a_secure_sum(method: str, bert: str, labels: str, tmp_path: Path) -> None:
-    for unit in ("record", "client"):
+    for unit in ("client",) if method in NO_RECORDS else ("record", "client"):
         privacy = {"unit": unit, "epsilon": 8.0, "secure_sum": unit == "client"}
         run = config_of(
             classification(
@@ -310,9 +333,21 @@ def test_what_it_has_no_use_for_is_refused_by_name(method: str, llama: str, word
         config(llama, words, method, basis={"source": "weights"})
 
 
-def test_a_scale_of_lora_sb_is_refused(llama: str, words: str) -> None:
-    with pytest.raises(ConfigError, match="lora-sb.* has no scale"):
-        config(llama, words, "lora-sb", adapter={"alpha": 8.0})
+@pytest.mark.parametrize("method", METHODS.keys() - SCALED)
+def test_a_scale_of_what_has_none_is_refused(method: str, llama: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=f'"{method}" has no scale'):
+        config(llama, words, method, adapter={"method": method, "alpha": 8.0})
+
+
+@pytest.mark.parametrize("method", NO_RECORDS)
+def test_privacy_by_record_is_refused_where_records_have_no_gradients(method: str, llama: str, words: str) -> None:
+    privacy, federation = {"unit": "record", "epsilon": 8.0}, {"weighting": "uniform"}
+    with pytest.raises(ConfigError, match=f'adapter.method = "{method}" does not give; set privacy.unit = "client"'):
+        config(llama, words, method, privacy=privacy, federation=federation)
+    run = config(llama, words, "lora", privacy=privacy, federation=federation)
+    blind = Session(run.model_copy(update={"adapter": run.adapter.model_copy(update={"method": method})}))
+    with pytest.raises(PrivacyError, match="no gradients of single records"):
+        check_gradients(blind.transformer, blind.parameters, "causal", 0)
 
 
 def test_what_a_model_is_told_first_leaves_torchs_own_chance_alone(llama: str, words: str) -> None:
@@ -361,6 +396,6 @@ def test_a_basis_of_another_method_is_refused(llama: str, words: str) -> None:
         for other, basis in bases.items():
             mine, its = METHODS[method], METHODS[other]
             folds_differ = mine.fold is None and (mine.start is None) != (its.start is None)
-            if mine.frames != its.frames or folds_differ:
+            if mine.frames != its.frames or folds_differ or (mine.frame and other != method):
                 with pytest.raises(BasisError, match=f"was not made for adapter.method = {method}"):
                     session.use(basis)
