@@ -22,6 +22,7 @@ from fedsb.deploy.home import Home
 from fedsb.errors import BasisError, FederationError, ReplyError, StoreError
 from fedsb.models import device_of, load_model, load_tokenizer, locate, outline_model
 from fedsb.report.journal import Journal
+from fedsb.report.provenance import peak_memory
 from fedsb.sections import SITE_NAME
 from fedsb.store import adapters, checkpoint
 from fedsb.store.basis_files import load_basis, save_basis
@@ -69,6 +70,7 @@ class Federation:
         self.pauses: dict[int, tuple[int, int]] = {}  # node → rounds until it is asked again, of so many in this pause
         self.traffic = Traffic()
         self.history: list[dict[str, Any]] = []
+        self.peak_memory = 0  # of the processes that worked on this run before
         self.last = checkpoint.latest(folder, config.digest())
         self.strikes = Strikes(config.federation.strikes, self.last.progress["strikes"] if self.last else {})
         journal.tell(
@@ -168,6 +170,7 @@ class Federation:
         checkpoint.check_model(last, self.source.sha256, self.config.model.source)
         self.traffic = Traffic(**last.progress["bytes"])
         self.history = last.progress["history"]
+        self.peak_memory = last.progress["peak_memory"]
         self.journal.tell("resumed", round=last.round)
         return last.round, pack_state(self.layout.flatten(last.state), self.config.federation.wire_dtype)
 
@@ -191,7 +194,9 @@ class Federation:
         self.history.append(entry)
         state = self.layout.unflatten(unpack_state(result.arrays))
         basis = self._stored_basis()
-        progress = {"bytes": vars(self.traffic), "history": self.history, "strikes": self.strikes.counts}
+        peak = max(self.peak_memory, peak_memory())
+        counts = {"strikes": self.strikes.counts, "peak_memory": peak}
+        progress = {"bytes": vars(self.traffic), "history": self.history, **counts}
         digest, model = self.config.digest(), self.source.sha256
         checkpoint.save(self.folder, checkpoint.Checkpoint(result.round, state, digest, basis, model, progress))
         self._name("silent", result.round, result.silent)
