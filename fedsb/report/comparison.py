@@ -164,7 +164,7 @@ def comparison_table(rows: Sequence[Row]) -> Table:
     heads = ["method", "seeds", "learning\nrate", "trained", "basis", "up", "down", "aggregation\nerror", "exact\nmatch", "loss"]
     heads += ["personal\nmatch", "personal\nloss"] if personal else []
     for head in [*heads, "rounds\ntook", "peak\nmemory"]:
-        table.add_column(head, justify="left" if head == "method" else "right", no_wrap=True)
+        table.add_column(head, justify="left" if head == "method" else "right")
     for row in rows:
         own = [
             _spread(row.personal_exact_match, row.personal_exact_match_sd),

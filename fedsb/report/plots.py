@@ -59,6 +59,8 @@ def _accuracy(axes: "Axes", rows: Sequence[Row], lines: Mapping[str, Sequence[Ma
 
 def _loss(axes: "Axes", rows: Sequence[Row], lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Mean training loss of each round, a line a method, with a band of one standard deviation over the seeds."""
+    from matplotlib.ticker import MaxNLocator
+
     for row in rows:
         runs = [[entry["loss"] for entry in line["history"]] for line in lines[row.name]]
         if any(loss is None for run in runs for loss in run):
@@ -71,6 +73,7 @@ def _loss(axes: "Axes", rows: Sequence[Row], lines: Mapping[str, Sequence[Mappin
         low, high = ([m + sign * d for m, d in zip(means, deviations, strict=True)] for sign in (-1, 1))
         axes.fill_between(rounds, low, high, alpha=0.2, linewidth=0)
     axes.set(xlabel="round", ylabel="training loss (nats)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _finish(axes, bool(axes.get_legend_handles_labels()[0]))
 
 
