@@ -1,6 +1,7 @@
 """`fedsb compare` on a tiny federation: two methods and two seeds, stopped, gone on with, tuned, and asked for the impossible."""
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -422,3 +423,20 @@ def test_ctrl_c_reaches_the_run_too(file: Path, out: Path) -> None:
     time.sleep(1)
     assert len(list(run.glob("checkpoints/round-*"))) == done < 500, "the run has ended too"
     assert load_tensors(run / "checkpoints" / "round-0001" / "state.safetensors")[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(FederationError("no replies"), 3), (FedsbError("no model"), 2), (KeyboardInterrupt(), 130)]
+)
+def test_the_process_of_a_run_tells_by_its_exit_code_whether_it_could_be_run(
+    llama: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, error: BaseException, code: int
+) -> None:
+    def fails(config: RunConfig, folder: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(compare_run, "run_here", fails)
+    monkeypatch.setattr(sys, "argv", ["compare_run", str(tmp_path / "run")])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(config_of(table(llama, words)).to_json()))
+    with pytest.raises(SystemExit) as left:
+        compare_run.main()
+    assert left.value.code == code and capsys.readouterr().err == (f"{error}\n" if code != 130 else "")
