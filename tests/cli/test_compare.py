@@ -1,20 +1,14 @@
 """`fedsb compare` on a tiny federation: two methods and two seeds, stopped, gone on with, tuned, and asked for the impossible."""
 
 import csv
-import io
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tomli_w
 
 from clients import session
 from fedsb.cli import compare, compare_plan, compare_run
@@ -22,13 +16,12 @@ from fedsb.cli.compare_run import run_apart, run_here
 from fedsb.config import RunConfig
 from fedsb.data import sites
 from fedsb.data.sites import client_data
-from fedsb.errors import FederationError, FedsbError
+from fedsb.errors import FederationError
 from fedsb.report.comparison import pooled
 from fedsb.store.files import read_events, read_json
-from fedsb.store.tensors import load_tensors
 from server.run_folder import load_run
-from tests.cli.front_door import call, complaint
-from tests.federation.tiny import config_of, equal, events, final_state, save_task, table
+from tests.cli.front_door import call
+from tests.federation.tiny import equal, events, final_state
 
 Capture = pytest.CaptureFixture[str]
 FILES = {"accuracy-by-bytes.png", "accuracy-by-bytes.svg", "loss-by-round.png", "loss-by-round.svg"} | {
@@ -37,46 +30,18 @@ FILES = {"accuracy-by-bytes.png", "accuracy-by-bytes.svg", "loss-by-round.png", 
 MOVED = {"seconds", "peak_memory"}  # what differs between two runs of the same
 
 
-@pytest.fixture(scope="module")
-def file(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A comparison: two methods, two seeds, and a variant with another basis."""
-    folder = tmp_path_factory.mktemp("compare")
-    content = table(llama, save_task(folder / "words", train=40), federation={"rounds": 2}, personal={"steps": 1})
-    content["name"] = "compare"
-    weights = {"adapter": {"method": "lora-sb"}, "basis.source": "weights"}
-    content["compare"] = {"methods": ["lora-sb", "lora"], "seeds": [0, 1], "variants": {"from-w0": weights}}
-    path = folder / "compare.toml"
-    path.write_text(tomli_w.dumps(content))
-    return path
-
-
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-@pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
-    """Runs happen in this process, which starts faster; what was run, in order."""
-    found: list[RunConfig] = []
-
-    def here(config: RunConfig, folder: Path) -> dict[str, Any]:
-        found.append(config)
-        session.open_session.cache_clear()
-        run_here(config, folder)
-        return read_json(folder / "summary.json")
-
-    monkeypatch.setattr(compare, "run_apart", here)
-    return found
-
-
 @pytest.fixture(scope="module")
-def finished(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(comparison: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished comparison; tests that change it copy it first."""
     folder = tmp_path_factory.mktemp("finished") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "run_apart", lambda config, run: (run_here(config, run), read_json(run / "summary.json"))[1])
-        assert call("compare", str(file), "--out", str(folder)) == 0
+        assert call("compare", str(comparison), "--out", str(folder)) == 0
     return folder
 
 
@@ -113,9 +78,9 @@ def test_a_run_is_the_one_that_simulate_makes(finished: Path, tmp_path: Path) ->
     assert read_json(run / "summary.json")["evaluation"] == read_json(tmp_path / "run" / "summary.json")["evaluation"]
 
 
-def test_csv_json_and_screen_agree(file: Path, finished: Path, ran: list[RunConfig], capsys: Capture) -> None:
+def test_csv_json_and_screen_agree(comparison: Path, finished: Path, ran: list[RunConfig], capsys: Capture) -> None:
     before = (finished / "table.csv").read_bytes()
-    assert call("compare", str(file), "--out", str(finished)) == 0
+    assert call("compare", str(comparison), "--out", str(finished)) == 0
     assert ran == [] and (finished / "table.csv").read_bytes() == before, "all is on disk"
     printed = {
         cells[0]: cells
@@ -150,7 +115,7 @@ def test_a_result_says_what_it_came_out_of(finished: Path) -> None:
 
 @pytest.mark.parametrize("place", ["between rounds", "after the first run", "before its line is written"])
 def test_stopped_and_gone_on_with_it_is_the_same_and_nothing_is_run_again(
-    file: Path, finished: Path, out: Path, ran: list[RunConfig], capsys: Capture, place: str
+    comparison: Path, finished: Path, out: Path, ran: list[RunConfig], capsys: Capture, place: str
 ) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -162,8 +127,8 @@ def test_stopped_and_gone_on_with_it_is_the_same_and_nothing_is_run_again(
     }
     with pytest.MonkeyPatch.context() as patch:
         places[place](patch)
-        assert call("compare", str(file), "--out", str(out), "--set", "runtime.threads=1") == 130
-    command = f"fedsb compare {file} --out {out} --set runtime.threads=1"
+        assert call("compare", str(comparison), "--out", str(out), "--set", "runtime.threads=1") == 130
+    command = f"fedsb compare {comparison} --out {out} --set runtime.threads=1"
     assert capsys.readouterr().err.splitlines()[-1] == f"fedsb: stopped; go on with `{command}`"
     before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/checkpoints/*/round.json")}
     assert bool(before) and not (out / "table.csv").exists()
@@ -171,7 +136,7 @@ def test_stopped_and_gone_on_with_it_is_the_same_and_nothing_is_run_again(
     with pytest.MonkeyPatch.context() as patch:
         if place == "before its line is written":  # its summary is there: nothing of it is run, whatever process would do it
             patch.setattr(compare, "run_apart", lambda config, folder: _unless_there(ran, config, folder))
-        assert call("compare", str(file), "--out", str(out), "--set", "runtime.threads=1") == 0
+        assert call("compare", str(comparison), "--out", str(out), "--set", "runtime.threads=1") == 0
     assert len(ran) == (4 if place == "between rounds" else 3)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert lasting(out) == lasting(finished)
@@ -221,9 +186,9 @@ def _unless_there(ran: list[RunConfig], config: RunConfig, folder: Path) -> dict
         return run_apart(config, folder)
 
 
-def test_more_methods_and_seeds_extend_what_is_there(file: Path, finished: Path, out: Path, ran: list[RunConfig]) -> None:
+def test_more_methods_and_seeds_extend_what_is_there(comparison: Path, finished: Path, out: Path, ran: list[RunConfig]) -> None:
     shutil.copytree(finished, out)
-    assert call("compare", str(file), "--out", str(out), "--methods", "lora,from-w0", "--seeds", "1,2") == 0
+    assert call("compare", str(comparison), "--out", str(out), "--methods", "lora,from-w0", "--seeds", "1,2") == 0
     assert [(run.adapter.method, run.basis.source, run.seed) for run in ran] == [
         ("lora-sb", "weights", 1), ("lora", "random", 2), ("lora-sb", "weights", 2),
     ]  # fmt: skip
@@ -231,14 +196,14 @@ def test_more_methods_and_seeds_extend_what_is_there(file: Path, finished: Path,
     assert len(read_events(out / "results.jsonl")) == 7
 
 
-def test_other_data_or_another_model_is_another_run(file: Path, finished: Path, out: Path, ran: list[RunConfig]) -> None:
+def test_other_data_or_another_model_is_another_run(comparison: Path, finished: Path, out: Path, ran: list[RunConfig]) -> None:
     shutil.copytree(finished, out)
-    folder = file.parent / "words"
+    folder = comparison.parent / "words"
     rows = (folder / "train.jsonl").read_text()
     try:
         (folder / "train.jsonl").write_text(rows + json.dumps({"prompt": "red red red", "completion": "up"}) + "\n")
         forget_data()
-        assert call("compare", str(file), "--out", str(out), "--methods", "lora-sb", "--seeds", "0") == 0
+        assert call("compare", str(comparison), "--out", str(out), "--methods", "lora-sb", "--seeds", "0") == 0
     finally:
         (folder / "train.jsonl").write_text(rows)
         forget_data()
@@ -256,7 +221,7 @@ TUNED = ("--set", "compare.rates=[1e-6, 1.0]", "--set", "compare.validation=0.2"
 
 
 def test_rates_are_tried_on_validation_and_the_best_one_runs(
-    file: Path, out: Path, ran: list[RunConfig], monkeypatch: pytest.MonkeyPatch
+    comparison: Path, out: Path, ran: list[RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
 
@@ -265,7 +230,7 @@ def test_rates_are_tried_on_validation_and_the_best_one_runs(
         return client_data(config, name, index, split)
 
     monkeypatch.setattr(session, "client_data", watched)
-    assert call("compare", str(file), "--out", str(out), *TUNED) == 0
+    assert call("compare", str(comparison), "--out", str(out), *TUNED) == 0
     assert set(read) == {"validation: train", "validation: validation", "test: train", "test: test"}
     tried, final = ran[:4], ran[4:]
     assert [(run.evaluation.split, run.data.validation, run.seed) for run in tried] == [("validation", 0.2, 100)] * 4
@@ -279,12 +244,12 @@ def test_rates_are_tried_on_validation_and_the_best_one_runs(
     assert all(run.train.learning_rate == "auto" for run in final), "a factor of 1 is the method's own"
     assert [row["factor"] for row in read_json(out / "table.json")["rows"]] == [1.0, 1.0]
     ran.clear()
-    assert call("compare", str(file), "--out", str(out), *TUNED) == 0
+    assert call("compare", str(comparison), "--out", str(out), *TUNED) == 0
     assert ran == []
 
 
 def test_a_rate_that_fails_is_not_chosen_and_not_tried_again(
-    file: Path, out: Path, ran: list[RunConfig], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    comparison: Path, out: Path, ran: list[RunConfig], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     here = compare.run_apart
 
@@ -294,7 +259,7 @@ def test_a_rate_that_fails_is_not_chosen_and_not_tried_again(
         return here(config, folder)
 
     monkeypatch.setattr(compare, "run_apart", fails)
-    command = ("compare", str(file), "--out", str(out), "--methods", "lora", "--seeds", "0")
+    command = ("compare", str(comparison), "--out", str(out), "--methods", "lora", "--seeds", "0")
     assert call(*command, "--set", "compare.rates=[1.0, 0.5]") == 0
     assert [line.get("failed") for line in read_events(out / "tuning.jsonl")] == ["round 1: too few usable replies", None]
     (row,) = read_json(out / "table.json")["rows"]
@@ -304,8 +269,8 @@ def test_a_rate_that_fails_is_not_chosen_and_not_tried_again(
     assert "fedsb: lora, seed 0: round 1: too few usable replies" in capsys.readouterr().err
 
 
-def test_one_rate_is_taken_untried(file: Path, out: Path, ran: list[RunConfig]) -> None:
-    command = ("compare", str(file), "--out", str(out), "--methods", "lora", "--seeds", "0", "--set", "compare.rates=[2]")
+def test_one_rate_is_taken_untried(comparison: Path, out: Path, ran: list[RunConfig]) -> None:
+    command = ("compare", str(comparison), "--out", str(out), "--methods", "lora", "--seeds", "0", "--set", "compare.rates=[2]")
     assert call(*command, "--set", "personal.steps=0") == 0
     (run,) = ran
     assert run.train.learning_rate == 4e-3 and not (out / "tuning.jsonl").exists()
@@ -314,129 +279,15 @@ def test_one_rate_is_taken_untried(file: Path, out: Path, ran: list[RunConfig]) 
 
 
 def test_without_matplotlib_there_is_a_table_and_one_sentence(
-    file: Path, finished: Path, out: Path, ran: list[RunConfig], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    comparison: Path, finished: Path, out: Path, ran: list[RunConfig], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(finished, out)
     for path in out.glob("*-by-*"):
         path.unlink()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert call("compare", str(file), "--out", str(out)) == 0
+    assert call("compare", str(comparison), "--out", str(out)) == 0
     printed = capsys.readouterr()
     assert printed.err.splitlines() == [
         "fedsb: plots need matplotlib; pip install 'fedsb[plots]', and the same command draws them"
     ]
     assert "lora-sb" in printed.out and not list(out.glob("*-by-*"))
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--methods", "lora,lorra"], "lorra is neither a method nor one of compare.variants; did you mean lora?"),
-        (["--methods", "xyzzy"], "xyzzy is neither a method nor one of compare.variants; there are lora-sb, "),
-        (["--methods", "lora,lora"], "compare.methods has lora twice; name each once"),
-        (["--set", "compare.methods=[]"], "no methods to compare; give --methods lora-sb,lora or set compare.methods"),
-        (["--set", "compare.seeds=[]"], "no seeds to compare; give --seeds 0,1,2 or set compare.seeds"),
-        (["--seeds", "0,one"], "--seeds 0,one: one is no whole number; write --seeds 0,1,2"),
-        (["--seeds", "-1"], "--seeds -1: -1 is no whole number"),
-        (["--seeds", "1,1"], "compare.seeds has 1 twice"),
-        (["--set", "compare.rates=[1, 0]"], "compare.rates.1 = 0 will not do: input should be greater than 0"),
-        (["--set", "compare.rates=[1, -1.0]"], "compare.rates.1 = -1.0 will not do"),
-        (["--set", "compare.rates=[1, 1]"], "compare.rates has 1.0 twice"),
-        (["--set", "compare.rates=[1, 2]", "--seeds", "100"], "compare.tuning_seed = 100 is one of the seeds"),
-        (["--set", "compare.rate=[1]"], "compare.rate is not a setting; did you mean compare.rates?"),
-        (["--set", "compare.rates=[1, 2]", "--set", "compare.validation=0.01"], "none is held out by data.validation = 0.01"),
-        (
-            ["--set", "data.validation=0.1"],
-            "data.validation is set by `fedsb compare` itself, from compare.validation",
-        ),
-        (["--set", 'compare.variants={lora={"adapter.rank"=2}}'], "compare.variants.lora bears the name of a method"),
-        (
-            ["--methods", "x", "--set", "compare.variants={x={seed=3}}"],
-            "compare.variants.x sets seed, which `fedsb compare`",
-        ),
-        (["--methods", "x", "--set", "compare.variants={x={train={step=3}}}"], "x: train.step is not a setting; did you mean"),
-        (["--set", "basis.source=weights"], 'lora: adapter.method = "lora" has no basis for basis.source = "weights"'),
-        (["--set", "adapter.rank=99"], "adapter.rank = 99 is larger than the smallest side"),
-        (["--set", "federation.min_clients=9"], "lora-sb: federation.min_clients is larger than federation.clients; lower it"),
-        (["--set", "federation.clients=90"], "examples cannot be dealt to 90 clients"),
-        (["--set", "model.source=/nowhere/at/all"], "/nowhere/at/all"),
-        (
-            ["--set", "privacy={unit='record', epsilon=3.0}", "--set", "federation.weighting=uniform"],
-            'lora-sb: privacy.scores = "withheld" leaves nothing to compare; set "plain"',
-        ),
-    ],
-)
-def test_a_mistake_is_told_before_anything_runs(
-    file: Path, out: Path, ran: list[RunConfig], capsys: Capture, options: list[str], said: str
-) -> None:
-    assert said in complaint(capsys, "compare", str(file), "--out", str(out), *options)
-    assert ran == [] and not out.exists()
-
-
-def test_a_folder_of_something_else_is_left_alone(
-    file: Path, run: Path, out: Path, ran: list[RunConfig], capsys: Capture
-) -> None:
-    command = ("compare", str(file), "--out")
-    assert complaint(capsys, *command, str(run)) == f"{run} holds files that are no comparison; choose another --out"
-    out.write_text("mine")
-    assert complaint(capsys, *command, str(out)) == f"{out} is a file; choose another --out"
-    assert ran == [] and out.read_text() == "mine" and not (run / "compare.toml").exists()
-
-
-def test_a_run_in_its_own_process_has_its_own_memory_and_says_what_is_wrong(llama: str, words: str, tmp_path: Path) -> None:
-    ballast = bytearray(os.urandom(1 << 20)) * 1500  # 1.5 GB of this process, which a child must not be charged with
-    config = config_of(table(llama, words, federation={"rounds": 1}))
-    summary = run_apart(config, tmp_path / "run")
-    assert 1e8 < summary["peak_memory"] < len(ballast)
-    assert summary == read_json(tmp_path / "run" / "summary.json")
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-    assert run_apart(config, tmp_path / "run") == summary
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
-    with pytest.raises(FedsbError, match=r"^adapter.rank = 99 is larger") as caught:
-        run_apart(config_of(table(llama, words, adapter={"rank": 99})), tmp_path / "wrong")
-    assert not isinstance(caught.value, FederationError) and not (tmp_path / "wrong").exists()
-
-
-def test_ctrl_c_reaches_the_run_too(file: Path, out: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "fedsb.cli.main",
-        "compare",
-        str(file),
-        "--out",
-        str(out),
-        "--methods",
-        "lora",
-        "--seeds",
-        "0",
-    ]
-    process = subprocess.Popen([*command, "--set", "federation.rounds=500"], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list(out.glob("runs/*/checkpoints/round-0001")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    (run,) = out.glob("runs/*")
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and said.startswith(f"fedsb: stopped; go on with `fedsb compare {file} --methods lora"), said
-    done = len(list(run.glob("checkpoints/round-*")))
-    time.sleep(1)
-    assert len(list(run.glob("checkpoints/round-*"))) == done < 500, "the run has ended too"
-    assert load_tensors(run / "checkpoints" / "round-0001" / "state.safetensors")[0]
-
-
-@pytest.mark.parametrize(
-    ("error", "code"), [(FederationError("no replies"), 3), (FedsbError("no model"), 2), (KeyboardInterrupt(), 130)]
-)
-def test_the_process_of_a_run_tells_by_its_exit_code_whether_it_could_be_run(
-    llama: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, error: BaseException, code: int
-) -> None:
-    def fails(config: RunConfig, folder: Path) -> None:
-        raise error
-
-    monkeypatch.setattr(compare_run, "run_here", fails)
-    monkeypatch.setattr(sys, "argv", ["compare_run", str(tmp_path / "run")])
-    monkeypatch.setattr(sys, "stdin", io.StringIO(config_of(table(llama, words)).to_json()))
-    with pytest.raises(SystemExit) as left:
-        compare_run.main()
-    assert left.value.code == code and capsys.readouterr().err == (f"{error}\n" if code != 130 else "")
