@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor
@@ -85,7 +85,8 @@ def prepare(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
     order = Order.of(content)
     session = open_session(order.run)
     site = site_of(node, session.config)
-    for split in get_args(Split):
+    splits: tuple[Split, ...] = ("train", session.config.evaluation.split)
+    for split in splits:
         session.examples(site, split)  # so that a site without its data says so before it is counted on
     if session.config.privacy.unit != "none" and not (budget := Budget.of(session, site, policy)).own():
         budget.allow(1)  # so that a site whose budget is spent says so before it is counted on

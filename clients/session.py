@@ -172,10 +172,10 @@ class Session:
             fold_into(layers_of(self.model), self.folds, self.pristine)
 
     def score(self, site: Site, vector: Tensor) -> Score:
-        """Score a state on the client's own test set."""
-        examples, rows = self.examples(site, "test"), self.rows(site, "test")
-        set_state(self.model, self.layout.unflatten(vector))
+        """Score a state on the client's own test set, or whatever `evaluation.split` says."""
         section = self.config.evaluation
+        examples, rows = self.examples(site, section.split), self.rows(site, section.split)
+        set_state(self.model, self.layout.unflatten(vector))
         return evaluate(
             self.transformer,
             examples,
@@ -192,8 +192,8 @@ class Session:
         return self.layout.flatten(initial_state(self.layout, self.config.seed))
 
     def task_of(self, site: Site) -> str:
-        """The tasks of a client's test set, for tables."""
-        return "+".join(sorted({example.task for example in self.examples(site, "test")}))
+        """The tasks of what a client is scored on, for tables."""
+        return "+".join(sorted({example.task for example in self.examples(site, self.config.evaluation.split)}))
 
     def _examples(self, site: Site, split: Split) -> Sequence[Example]:
         return client_data(self.config, site.name, site.index, split)

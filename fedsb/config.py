@@ -111,6 +111,8 @@ class RunConfig(Section):
             raise ValueError('data.partition = "task" needs at least as many clients as tasks; raise federation.clients')
         if self.model.kind == "classification" and len(self.data.tasks) > 1:
             raise ValueError("classification takes one task, whose labels the head has; keep one of data.tasks")
+        if self.evaluation.split == "validation" and not self.data.validation:
+            raise ValueError('evaluation.split = "validation" needs data.validation, the share of train to hold out; set it')
         return self
 
     @model_validator(mode="after")
@@ -153,6 +155,8 @@ class RunConfig(Section):
             raise ValueError("with privacy two of data.tasks may not have one source: each record would be in the data twice")
         if privacy.unit != "none" and self.data.partition == "own" and any(task.train for task in self.data.tasks):
             raise ValueError("with privacy data.tasks of a site's own take no `train`: which rows it draws depends on all")
+        if privacy.unit != "none" and self.data.partition == "own" and self.data.validation:
+            raise ValueError("with privacy a site's own data take no data.validation: which rows it holds out depends on all")
         if self.basis.source == "sketch" and privacy.unit != "none" and privacy.epsilon is None:
             raise ValueError('basis.source = "sketch" with privacy needs privacy.epsilon, of which it takes its share; set it')
         if self.adapter.method in FOLDING and (privacy.secure_sum or privacy.unit == "client"):
@@ -202,20 +206,20 @@ class RunConfig(Section):
 
     @classmethod
     def load(cls, path: Path, overrides: Sequence[str] = ()) -> "RunConfig":
-        """Read a TOML file and apply `section.key=value` overrides, whose values are TOML or plain words.
+        """`read_table`, checked. Raises ConfigError with the key, the file and what to do."""
+        return validated(cls, read_table(path, overrides), str(path))
 
-        Raises ConfigError with the key, the file and what to do.
-        """
-        try:
-            table = tomllib.loads(path.read_text())
-        except FileNotFoundError:
-            raise ConfigError(
-                f"{path}: there is no such configuration file; `ls configs` shows the ones that come along"
-            ) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read ({error}); name a readable TOML file") from None
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path}: is not valid TOML ({error}); mend that line") from None
-        for override in overrides:
-            set_key(table, override)
-        return validated(cls, table, str(path))
+
+def read_table(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a TOML file and apply `section.key=value` overrides, whose values are TOML or plain words. Raises ConfigError."""
+    try:
+        table = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such configuration file; `ls configs` shows the ones that come along") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); name a readable TOML file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: is not valid TOML ({error}); mend that line") from None
+    for override in overrides:
+        set_key(table, override)
+    return table

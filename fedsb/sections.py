@@ -4,7 +4,7 @@ Each field's description is what `docs/configuration.md` says about it; a test c
 """
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -12,6 +12,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NaturalInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 SITE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")  # of a client, a task or a run; safe as a folder
 SiteName = Annotated[str, Field(pattern=rf"^{SITE_NAME.pattern}$")]
 CLIENT = "{client}"  # in the folder of a `jsonl:` source: the name of the client that reads it
@@ -75,6 +76,11 @@ class DataSection(Section):
         strict=False,
         description="the labels of a classifier, in the order of its outputs; by default those of the task's train split, "
         'sorted (required with `partition = "own"`, where the server reads no data)',
+    )
+    validation: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="share of each task's train split that is held out before it is dealt, whatever the seed: nobody trains "
+        'on it and `evaluation.split = "validation"` scores on it (at most `test` examples of a task)',
     )
     alpha: PositiveFloat = Field(0.5, description="concentration of the Dirichlet distribution; small is more skewed")
     max_length: PositiveInt = Field(256, description="tokens of an example; what is longer loses the beginning of its text")
@@ -191,6 +197,10 @@ class PersonalSection(Section):
 class EvaluationSection(Section):
     """`[evaluation]`: how base, global and personal models are scored on each client's test set."""
 
+    split: Literal["test", "validation"] = Field(
+        "test",
+        description="each client's own test set, or its share of what `data.validation` holds out; no test set is read then",
+    )
     batch_size: PositiveInt = Field(32, description="test examples per forward pass")
     max_new_tokens: PositiveInt = Field(128, description="tokens generated at the most where the answer ends a text")
 
@@ -209,10 +219,10 @@ class PrivacySection(Section):
     noise_multiplier: PositiveFloat | None = Field(
         None, description="standard deviation of the noise over `clip_norm`; what it costs, `fedsb privacy plan` says"
     )
-    delta: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = Field(
+    delta: Share | Literal["auto"] = Field(
         "auto", description="δ; `auto`, and at the most: one over the number of a client's records, or of clients"
     )
-    basis_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+    basis_share: Share = Field(
         0.2, description='share of ε that a basis from sketches may spend (only `basis.source = "sketch"`)'
     )
     clip_norm: PositiveFloat = Field(
@@ -237,3 +247,29 @@ class RuntimeSection(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to compute")
     threads: NaturalInt = Field(0, description="CPU threads of torch; 0 leaves torch's choice")
     progress: Literal["auto", "bars", "lines", "none"] = Field("auto", description="how progress is shown")
+
+
+class CompareSection(Section):
+    """`[compare]`: what `fedsb compare` runs and sets side by side; no other command takes it."""
+
+    methods: tuple[str, ...] = Field(
+        (), strict=False, description="what is compared: methods, and names of `variants`; `--methods` says otherwise"
+    )
+    seeds: tuple[NaturalInt, ...] = Field(
+        (), strict=False, description="each method runs once with each of these as `seed`; `--seeds` says otherwise"
+    )
+    rates: tuple[PositiveFloat, ...] = Field(
+        (),
+        strict=False,
+        description="factors of the learning rate that a method would take by itself. Each is tried with each method on the "
+        "validation split, and that of the best exact match (then of the least loss) runs; with less than two nothing is tried",
+    )
+    validation: Share = Field(
+        0.1, description="`data.validation` while rates are tried; what is compared in the end trains on all of train"
+    )
+    tuning_seed: NaturalInt = Field(100, description="seed with which rates are tried, none of `seeds`")
+    variants: dict[SiteName, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="name → settings that it changes, as `[compare.variants.NAME]` with lines such as `adapter.rank = 8`; a "
+        "method's name changes `adapter.method` alone",
+    )

@@ -23,11 +23,16 @@ def set_key(table: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()  # a plain word: --set adapter.method=lora-sb
-    *sections, name = key.strip().split(".")
+    set_value(table, key.strip(), value, f"--set {override}")
+
+
+def set_value(table: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Put a value at `section.key`. Raises ConfigError."""
+    *sections, name = key.split(".")
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"--set {override}: {section} is not a section; `fedsb simulate --help` shows the form")
+            raise ConfigError(f"{where}: {section} is not a section; `fedsb simulate --help` shows the form")
     table[name] = value
 
 

@@ -22,6 +22,7 @@ from fedsb.deploy.home import Home
 from fedsb.errors import BasisError, FederationError, ReplyError
 from fedsb.models import device_of, load_model, load_tokenizer, locate, outline_model
 from fedsb.report.journal import Journal
+from fedsb.report.provenance import peak_memory
 from fedsb.sections import SITE_NAME
 from fedsb.store import adapters, checkpoint
 from fedsb.store.basis_files import basis_file, first_basis, load_basis, save_basis
@@ -71,6 +72,7 @@ class Federation:
         self.shared: Shared | None = None
         self.traffic = Traffic()
         self.history: list[dict[str, Any]] = []
+        self.peak_memory = 0  # of the processes that worked on this run before
         self.last = checkpoint.latest(folder, config.digest())
         self.strikes = Strikes(config.federation.strikes, self.last.progress["strikes"] if self.last else {})
         journal.tell(
@@ -171,6 +173,7 @@ class Federation:
         checkpoint.check_model(last, self.source.sha256, self.config.model.source)
         self.traffic = Traffic(**last.progress["bytes"])
         self.history = last.progress["history"]
+        self.peak_memory = last.progress["peak_memory"]
         self.journal.tell("resumed", round=last.round)
         return last.round, pack_state(self.layout.flatten(last.state), self.config.federation.wire_dtype)
 
@@ -197,7 +200,9 @@ class Federation:
         if self.shared.before is not None:
             save_basis(self.folder, self.shared.basis, self.shared.before)
         basis = self.shared.basis.fingerprint
-        progress = {"bytes": vars(self.traffic), "history": self.history, "strikes": self.strikes.counts}
+        peak = max(self.peak_memory, peak_memory())
+        counts = {"strikes": self.strikes.counts, "peak_memory": peak}
+        progress = {"bytes": vars(self.traffic), "history": self.history, **counts}
         digest, model = self.config.digest(), self.source.sha256
         checkpoint.save(self.folder, checkpoint.Checkpoint(result.round, state, digest, basis, model, progress))
         self._name("silent", result.round, result.silent)

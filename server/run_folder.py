@@ -25,10 +25,10 @@ def run_folder(folder: Path, config: RunConfig, resume: bool) -> Iterator[None]:
     there = folder.exists()
     with contextlib.ExitStack() as stack:
         if folder.is_dir():
-            stack.enter_context(_alone(folder))
+            stack.enter_context(alone(folder))
         new = open_run(folder, config, resume)
         if not there:
-            stack.enter_context(_alone(folder))
+            stack.enter_context(alone(folder))
         try:
             yield
         except FederationError:
@@ -42,14 +42,14 @@ def run_folder(folder: Path, config: RunConfig, resume: bool) -> Iterator[None]:
 def at_work(folder: Path) -> bool:
     """Whether a process is at work on the run in a folder."""
     try:
-        with _alone(folder):
+        with alone(folder):
             return False
     except StoreError:
         return True
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Be the only process at work on a run, for as long as this process lives. Raises StoreError."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -8,11 +8,12 @@ from typing import Any
 from fedsb.basis.frames import Basis
 from fedsb.privacy.accounting import epsilon
 from fedsb.privacy.mechanism import basis_releases, delta_of, mechanism_of
+from fedsb.report.provenance import code, machine, peak_memory
 from fedsb.store.files import read_events
 from fedsb.training.start import basis_source
 from server.federation import Federation
 
-PACKAGES = ("fedsb", "flwr", "torch", "transformers", "peft", "safetensors")
+PACKAGES = ("fedsb", "flwr", "torch", "transformers", "peft", "opacus", "numpy", "safetensors")
 
 
 def summarise(run: Federation, basis: Basis, evaluation: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -36,9 +37,13 @@ def summarise(run: Federation, basis: Basis, evaluation: dict[str, Any], seconds
         },
         "aggregation_error": max((e["aggregation_error"] for e in history if e["aggregation_error"] is not None), default=None),
         "history": history,
+        "split": config.evaluation.split,
         "evaluation": evaluation,
         "privacy": _privacy(run),
         "seconds": {"total": round(seconds, 3), "rounds": [entry["seconds"] for entry in history]},
+        "peak_memory": max(run.peak_memory, peak_memory()),
+        "code": code(),
+        "machine": machine(config.runtime.device),
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
     }
 

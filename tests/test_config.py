@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from fedsb.config import RunConfig
+from fedsb.config import RunConfig, read_table
 from fedsb.errors import ConfigError
+from fedsb.sections import CompareSection
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.toml"))
@@ -53,20 +54,27 @@ def _refused(folder: Path, *overrides: str, text: str = SMALL) -> str:
     return message
 
 
+def _run_of(path: Path) -> tuple[RunConfig, CompareSection | None]:
+    """A configuration, and the [compare] that `fedsb compare` takes off before."""
+    table = read_table(path)
+    compare = table.pop("compare", None)
+    return RunConfig.model_validate(table), None if compare is None else CompareSection.model_validate(compare)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_configuration_parses_and_begins_with_its_command(path: Path) -> None:
-    config = RunConfig.load(path)
-    command = "run" if config.data.partition == "own" else "simulate"
+    config, compare = _run_of(path)
+    command = "compare" if compare else "run" if config.data.partition == "own" else "simulate"
     assert path.read_text().splitlines()[0] == f"# fedsb {command} {path.relative_to(ROOT)}"
     assert config.name == path.stem
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_configuration_holds_only_what_differs_from_the_defaults(path: Path) -> None:
-    config = RunConfig.load(path)
+    config, compare = _run_of(path)
     for section, values in tomllib.loads(path.read_text()).items():
         for key, value in values.items() if isinstance(values, dict) else ():
-            field = type(getattr(config, section)).model_fields[key]
+            field = type(compare if section == "compare" else getattr(config, section)).model_fields[key]
             assert field.is_required() or field.get_default(call_default_factory=True) != value, f"{section}.{key}"
 
 
@@ -110,6 +118,8 @@ def test_a_misspelt_key_is_named_with_a_near_one_and_its_file(tmp_path: Path) ->
         ("name=Übung", "name = 'Übung' will not do"),
         ("name=../up", "name = '../up' will not do"),
         ("federation.names=[]", None),
+        ("data.validation=1.0", "data.validation = 1.0 will not do: input should be less than 1"),
+        ("compare.seeds=[1]", "compare is not a setting"),
         ("federation.over_sample=0.9", "federation.over_sample = 0.9 will not do"),
         ("federation.over_sample=inf", "federation.over_sample = inf will not do"),
         ("federation.max_update_norm=0", "federation.max_update_norm = 0 will not do"),
@@ -148,6 +158,8 @@ def test_a_wrong_type_is_named(tmp_path: Path, override: str, said: str | None) 
         (["data.partition=own", "model.kind=classification"], "needs data.labels; list the labels there"),
         (['data.labels=["a", "b"]'], "data.labels are those of a classifier"),
         (["model.kind=classification", 'data.labels=["a", "b", "a"]'], "data.labels has a label twice"),
+        (["evaluation.split=validation"], 'evaluation.split = "validation" needs data.validation'),
+        (["data.partition=own", "data.validation=0.1", "privacy.unit=record", "privacy.epsilon=3.0", "federation.weighting=uniform"], "with privacy a site's own data take no data.validation"),  # noqa: E501
         (['data.tasks=[{name="x", source="jsonl:data/{client}"}]'], '{client} in jsonl:data/{client} needs a jsonl: source and data.partition = "own"'),  # noqa: E501
         (["data.partition=own", 'data.tasks=[{name="x", source="hub:{client}/x"}]'], "{client} in hub:{client}/x needs a jsonl: source"),  # noqa: E501
         (["data.partition=own", "basis.source=public", 'basis.public={name="x", source="jsonl:{client}"}'], "basis.public.source has {client}, but the server alone reads it"),  # noqa: E501

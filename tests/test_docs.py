@@ -9,6 +9,7 @@ import pytest
 from fedsb.cli.main import COMMANDS, app, register
 from fedsb.cli.reference import PAGES
 from fedsb.config import RunConfig
+from fedsb.sections import CompareSection
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -20,8 +21,8 @@ def test_a_page_is_what_the_code_makes(page: str) -> None:
 
 def test_every_key_is_on_the_page() -> None:
     text = (DOCS / "configuration.md").read_text()
-    for name, field in RunConfig.model_fields.items():
-        section = field.annotation
+    sections = {name: field.annotation for name, field in RunConfig.model_fields.items()} | {"compare": CompareSection}
+    for name, section in sections.items():
         if isinstance(section, type) and hasattr(section, "model_fields"):
             part = text.split(f"## `[{name}]`")[1].split("\n## ")[0]
             for key, inner in section.model_fields.items():

@@ -24,7 +24,7 @@ def evaluate(
     if json_:
         print(json.dumps(scores))
     else:
-        Console(width=None if Console().is_terminal else 120).print(evaluation_table(scores))
+        Console(width=None if Console().is_terminal else 120).print(evaluation_table(scores, load_run(run).evaluation.split))
 
 
 def evaluate_run(run: Path) -> dict[str, dict[str, dict[str, Any]]]:

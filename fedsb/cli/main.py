@@ -24,6 +24,7 @@ app = typer.Typer(
 
 COMMANDS = {
     "simulate": "simulate",
+    "compare": "compare",
     "evaluate": "evaluate",
     "export": "export",
     "doctor": "doctor",

@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from fedsb.cli.main import COMMANDS as KNOWN
 from fedsb.cli.main import app, register
 from fedsb.config import RunConfig
-from fedsb.sections import TaskSection
+from fedsb.sections import CompareSection, TaskSection
 
 CONFIGURATION = """\
 # Configuration
@@ -56,6 +56,8 @@ def configuration_page() -> str:
             _, _, about = (section.__doc__ or "").strip().splitlines()[0].partition(": ")
             parts += [f"## `[{name}]`\n", f"{about[:1].upper()}{about[1:]}\n", _table(section.model_fields)]
             parts += _tasks(name) if name == "data" else []
+    parts += ["## `[compare]`\n", "What `fedsb compare` runs and sets side by side; no other command takes it.\n"]
+    parts += [_table(CompareSection.model_fields)]
     return "\n".join(parts)
 
 

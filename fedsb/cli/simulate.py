@@ -1,17 +1,18 @@
 """`fedsb simulate`: a whole federation in this process."""
 
-import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from flwr.app import Context, RecordDict, UserConfig
 
 from clients.app import app as client_app
 from fedsb.config import RunConfig
+from fedsb.data.fingerprint import data_fingerprint
 from fedsb.errors import ConfigError
 from fedsb.report.table import show_summary
+from fedsb.store.files import read_json, write_json
 from server.app import app as server_app
 from server.local_grid import LocalGrid, node_configs, settle
 
@@ -25,17 +26,30 @@ def simulate(
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last finished round")] = False,
 ) -> None:
     """Run a whole federation on this machine: train, aggregate, personalise, score."""
-    settle()
     run = RunConfig.load(config, set_ or [])
-    if run.federation.min_clients > run.federation.clients:  # of real sites with own data there may be more
-        raise ConfigError(f"{config}: federation.min_clients is larger than federation.clients; lower it")
+    check_clients(run, str(config))
     folder = out or Path("runs") / run.name
-    grid = LocalGrid(client_app, node_configs(run.client_names, str(folder / "sites")))
-    values: UserConfig = {"config": run.to_json(), "out": str(folder), "resume": resume}
-    context = Context(run_id=0, node_id=0, node_config={}, state=RecordDict(), run_config=values)
     try:
-        server_app(grid, context)
+        summary = simulated(run, folder, resume)
     except KeyboardInterrupt:
         print(f"fedsb: stopped; go on with `fedsb simulate {config} --out {folder} --resume`", file=sys.stderr)
         raise typer.Exit(130) from None
-    show_summary(json.loads((folder / "summary.json").read_text()), str(folder / "adapters"))
+    show_summary(summary, str(folder / "adapters"))
+
+
+def check_clients(run: RunConfig, where: str) -> None:
+    """Raise ConfigError if a simulation has too few clients; of real sites with own data there may be more."""
+    if run.federation.min_clients > run.federation.clients:
+        raise ConfigError(f"{where}: federation.min_clients is larger than federation.clients; lower it")
+
+
+def simulated(run: RunConfig, folder: Path, resume: bool) -> dict[str, Any]:
+    """Run a whole federation in this process; returns its summary.json, which says what the data were, too."""
+    settle()
+    grid = LocalGrid(client_app, node_configs(run.client_names, str(folder / "sites")))
+    values: UserConfig = {"config": run.to_json(), "out": str(folder), "resume": resume}
+    context = Context(run_id=0, node_id=0, node_config={}, state=RecordDict(), run_config=values)
+    server_app(grid, context)
+    summary = read_json(folder / "summary.json") | {"data": {"sha256": data_fingerprint(run)}}
+    write_json(folder / "summary.json", summary)
+    return summary

@@ -32,7 +32,7 @@ def partition(kind: Kind, groups: Sequence[int], clients: int, alpha: float, see
     Raises DataError if there are fewer examples than clients, or, for `task`, fewer of a group than its clients.
     """
     if len(groups) < clients:
-        raise _too_few(len(groups), "", clients)
+        raise _too_few(len(groups), "train", clients)
     rng = generator(seed, "partition")
     members = np.asarray(groups, dtype=np.int64)
     deals: dict[Kind, Callable[[], list[Ints]]] = {
@@ -46,7 +46,11 @@ def partition(kind: Kind, groups: Sequence[int], clients: int, alpha: float, see
 
 
 def partition_like(
-    train_parts: Sequence[Sequence[int]], train_groups: Sequence[int], test_groups: Sequence[int], seed: int
+    train_parts: Sequence[Sequence[int]],
+    train_groups: Sequence[int],
+    test_groups: Sequence[int],
+    seed: int,
+    split: Literal["validation", "test"] = "test",
 ) -> list[list[int]]:
     """Deal the test examples out so that each client is tested on the distribution it trains on.
 
@@ -60,11 +64,11 @@ def partition_like(
     one of a group it does not train on.
 
     Returns one sorted list per client: disjoint, not empty, together all test examples, determined by the arguments.
-    Raises DataError if there are fewer test examples than clients.
+    Raises DataError if there are fewer test examples (`split` says what they are called) than clients.
     """
     clients = len(train_parts)
     if len(test_groups) < clients:
-        raise _too_few(len(test_groups), "test ", clients)
+        raise _too_few(len(test_groups), split, clients)
     rng = generator(seed, "partition-like")
     held = [Counter(train_groups[i] for i in part) for part in train_parts]
     sizes = np.array([len(part) for part in train_parts], dtype=np.int64)
@@ -80,9 +84,10 @@ def partition_like(
     return _nobody_untested([sorted(part) for part in parts], held, test_groups)
 
 
-def _too_few(examples: int, of: Literal["", "test "], clients: int) -> DataError:
-    remedy = f"lower federation.clients or raise data.tasks.{'test' if of else 'train and .test'}"
-    return DataError(f"{examples} {of}examples cannot be dealt to {clients} clients; {remedy}")
+def _too_few(examples: int, split: Literal["train", "validation", "test"], clients: int) -> DataError:
+    raised = {"train": "data.tasks.train and .test", "validation": "data.validation", "test": "data.tasks.test"}[split]
+    of = "" if split == "train" else f"{split} "
+    return DataError(f"{examples} {of}examples cannot be dealt to {clients} clients; lower federation.clients or raise {raised}")
 
 
 def _shares(clients: int, alpha: float, rng: np.random.Generator) -> npt.NDArray[np.float64]:

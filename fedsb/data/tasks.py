@@ -8,6 +8,7 @@ from typing import Literal
 from fedsb.config import RunConfig
 from fedsb.data.examples import Example
 from fedsb.data.gym import gym_examples
+from fedsb.data.holdout import hold_out
 from fedsb.data.hub import read_hub
 from fedsb.data.jsonl import read_jsonl
 from fedsb.data.rows import Row
@@ -15,34 +16,45 @@ from fedsb.data.seeds import generator
 from fedsb.errors import DataError
 from fedsb.sections import TaskSection
 
-Split = Literal["train", "test"]
+Split = Literal["train", "validation", "test"]
 
 UNLISTED = "is none of the run's labels; mend the row or list it in data.labels"
 UNTRAINED = "does not occur in train; mend the row or add such examples"
 SOURCES = "a source is gym:NAME, jsonl:FOLDER or hub:ID"
 
 
-def load_task(task: TaskSection, split: Split, seed: int, labels: Sequence[str] = ()) -> list[Example]:
+def load_task(task: TaskSection, split: Split, seed: int, labels: Sequence[str] = (), validation: float = 0.0) -> list[Example]:
     """Load one split of a task, at most `task.train` or `task.test` examples of it.
 
-    A cap takes a sample drawn from the seed, in the order of the source. Label ids are indices into `labels`, or where
+    `validation` is the share of the source's train split that is held out of train (`hold_out`), before any cap; it is a split
+    of its own, of at most `task.test` examples. A cap takes a sample drawn from the seed (of what is held out, the same
+    whatever the seed), in the order of the source. Label ids are indices into `labels`, or where
     there are none into `label_names(task)`, so they are the same for every client, split and cap. Rows that stand in
     both files stay in both; the splits of `gym:` share no question.
 
-    Raises DataError when the source cannot be read, a row is bad, or its label is none of `labels` (does not occur in
-    train).
+    Raises DataError when the source cannot be read, a row is bad, its label is none of `labels` (does not occur in train), or
+    too few examples are there to hold any out.
     """
+    examples = _source(task, "test" if split == "test" else "train", seed, labels)
+    limit = task.train if split == "train" else task.test
+    if validation and split != "test":
+        examples, held = hold_out(examples, validation, task.source)
+        if split == "validation":
+            return held[:limit]
+    if limit is None or limit >= len(examples):
+        return examples
+    chosen = generator(seed, "sample", task.name, split).choice(len(examples), size=limit, replace=False)
+    return [examples[i] for i in sorted(chosen.tolist())]
+
+
+def _source(task: TaskSection, split: Literal["train", "test"], seed: int, labels: Sequence[str]) -> list[Example]:
+    """All that the source has of a split; of `gym:`, as much as the task asks for."""
     if task.source.startswith("gym:"):
         return gym_examples(task, split, seed)
     rows = _rows(task, split)
     names = {} if rows[0].label is None else {name: i for i, name in enumerate(labels or label_names(task))}
     unknown = UNLISTED if labels else UNTRAINED
-    examples = [_example(task, row, names, unknown) for row in rows]
-    limit = task.train if split == "train" else task.test
-    if limit is None or limit >= len(examples):
-        return examples
-    chosen = generator(seed, "sample", task.name, split).choice(len(examples), size=limit, replace=False)
-    return [examples[i] for i in sorted(chosen.tolist())]
+    return [_example(task, row, names, unknown) for row in rows]
 
 
 def labels_of(config: RunConfig) -> Sequence[str]:
@@ -69,7 +81,7 @@ def label_names(task: TaskSection) -> tuple[str, ...]:
     return tuple(sorted(labels))
 
 
-def _rows(task: TaskSection, split: Split) -> list[Row]:
+def _rows(task: TaskSection, split: Literal["train", "test"]) -> list[Row]:
     kind, _, name = task.source.partition(":")
     readers: dict[str, Callable[[], list[Row]]] = {
         "jsonl": lambda: read_jsonl(Path(name), split),

@@ -12,9 +12,9 @@ KINDS = ("base", "global", "personal")
 Evaluation = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
-def evaluation_table(evaluation: Evaluation) -> Table:
+def evaluation_table(evaluation: Evaluation, split: str = "test") -> Table:
     """`evaluation[kind][client]` → {loss, exact_match, n, task} as a table with the means in the last row."""
-    table = Table(title="exact match and loss on each client's own test set")
+    table = Table(title=f"exact match and loss on each client's own {split} set")
     for column in ("client", "task", "n"):
         table.add_column(column, justify="right" if column == "n" else "left")
     for kind in KINDS:
@@ -42,7 +42,7 @@ def show_summary(summary: Mapping[str, Any], adapters: str) -> None:
     """Print the table, the bytes moved and where the adapters lie."""
     console = Console(width=None if Console().is_terminal else 120)
     if summary["evaluation"]["base"]:
-        console.print(evaluation_table(summary["evaluation"]))
+        console.print(evaluation_table(summary["evaluation"], summary["split"]))
     else:
         console.print('scores on the clients\' test sets are withheld (privacy.scores = "plain" has them told)', highlight=False)
     moved, seconds = summary["bytes"], summary["seconds"]

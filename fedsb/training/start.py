@@ -17,7 +17,7 @@ from fedsb.basis.sketch import SketchPlan
 from fedsb.basis.spectral import random_basis, seeded, weights_basis
 from fedsb.config import RunConfig
 from fedsb.data.batches import Batch, collate, encode
-from fedsb.data.tasks import labels_of, load_task
+from fedsb.data.sites import public_examples
 from fedsb.errors import BasisError
 from fedsb.training.loss import causal_loss, classification_loss
 
@@ -111,11 +111,7 @@ def _public_basis(config: RunConfig, model: Any, tokenizer: Any, device: torch.d
 
 
 def _public_batches(config: RunConfig, tokenizer: Any, device: torch.device) -> Iterator[Batch]:
-    task, kind = config.basis.public, config.model.kind
-    assert task is not None  # RunConfig checks it
-    wanted = min(config.basis.examples, task.train or config.basis.examples)
-    sample = task.model_copy(update={"train": wanted})  # drawn, since files are often sorted
-    examples = load_task(sample, "train", config.seed, labels_of(config))
+    examples, kind = public_examples(config), config.model.kind
     if not examples:
         raise BasisError("[basis.public] has no examples; give it some")
     rows = encode(examples, tokenizer, config.data.max_length, config.data.system_prompt, kind)

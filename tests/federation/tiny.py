@@ -132,8 +132,8 @@ def equal(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
 
 
 def lasting(summary: Mapping[str, Any], without: str = "seconds") -> dict[str, Any]:
-    """A summary without its times, and without one thing more."""
-    kept = {key: value for key, value in summary.items() if key not in ("seconds", without)}
+    """A summary without its times, memory and machine, and without one thing more."""
+    kept = {key: value for key, value in summary.items() if key not in ("seconds", "peak_memory", "machine", without)}
     kept["history"] = [{k: v for k, v in entry.items() if k != "seconds"} for entry in summary["history"]]
     return kept
 

@@ -42,11 +42,13 @@ def test_the_mean_counts_each_client_alike() -> None:
 def test_a_summary_says_what_was_moved_and_where_the_adapters_lie(capsys: pytest.CaptureFixture[str]) -> None:
     summary = {
         "evaluation": EVALUATION,
+        "split": "validation",
         "bytes": {"basis": 0, "up": 1_234_567, "down": 999, "up_per_client_round": 3_440_640},
         "seconds": {"total": 185.0},
     }
     show_summary(summary, "runs/a-very-long-name-" + "x" * 150 + "/adapters")
     printed = capsys.readouterr().out
+    assert "each client's own validation set" in printed
     assert "moved: basis 0 B, up 1.2 MB, down 999 B (3.4 MB up per client and round)\n" in printed
     assert "took 3 min 05 s\n" in printed
     assert f"personal adapters: runs/a-very-long-name-{'x' * 150}/adapters\n" in printed
