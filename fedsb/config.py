@@ -72,8 +72,12 @@ class RunConfig(Section):
                 f'adapter.method = "{self.adapter.method}" has no basis for basis.source = "{self.basis.source}"; leave '
                 'basis.source out, or set adapter.method = "lora-sb"'
             )
-        if self.adapter.method == "lora-sb" and self.adapter.alpha is not None:
-            raise ValueError('adapter.alpha scales LoRA, and adapter.method = "lora-sb" has no scale; drop it')
+        if self.adapter.method in ("lora-sb", "ravan") and self.adapter.alpha is not None:
+            raise ValueError(f'adapter.alpha scales LoRA, and adapter.method = "{self.adapter.method}" has no scale; drop it')
+        if self.adapter.method != "ravan" and self.adapter.heads is not None:
+            raise ValueError(
+                f'adapter.heads are those of ravan, and adapter.method = "{self.adapter.method}" has none; drop them'
+            )
         if self.basis.source != "public" and (self.basis.r0 == "paper" or self.basis.sign):
             raise ValueError('basis.r0 = "paper" and basis.sign need basis.source = "public"; drop them or change the source')
         if self.data.partition == "task" and self.federation.clients < len(self.data.tasks):

@@ -14,6 +14,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 SITE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")  # of a client, a task or a run; safe as a folder
 SiteName = Annotated[str, Field(pattern=rf"^{SITE_NAME.pattern}$")]
+HEADS = 4  # of RAVAN, as in its paper's tables
 CLIENT = "{client}"  # in the folder of a `jsonl:` source: the name of the client that reads it
 
 
@@ -81,15 +82,24 @@ class DataSection(Section):
 class AdapterSection(Section):
     """`[adapter]`: what is trained."""
 
-    method: Literal["lora-sb", "lora", "ffa-lora"] = Field("lora-sb", description="the way of adapting, a row of docs/methods.md")
-    rank: PositiveInt = Field(64, description="r: a core has r x r numbers, LoRA's factors r x in and out x r")
+    method: Literal["lora-sb", "lora", "ffa-lora", "ravan"] = Field(
+        "lora-sb", description="the way of adapting, a row of docs/methods.md"
+    )
+    rank: PositiveInt = Field(64, description="r: a core or a head has r x r numbers, LoRA's factors r x in and out x r")
+    heads: PositiveInt | None = Field(None, description=f"heads of a layer, each of rank r (only `ravan`; default {HEADS})")
     alpha: PositiveFloat | None = Field(
         None,
-        description="LoRA's α: updates are scaled by α / rank; by default the rank (not for `lora-sb`, which has no scale)",
+        description="LoRA's α: updates are scaled by α / rank; by default the rank (not for `lora-sb` and `ravan`, which "
+        "have no scale)",
     )
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
         "all-linear", description="names of the linear layers to adapt; all of them except the output head"
     )
+
+    @property
+    def head_count(self) -> int:
+        """How many heads a layer has; 1 for methods without."""
+        return self.heads or HEADS if self.method == "ravan" else 1
 
 
 class BasisSection(Section):
@@ -123,7 +133,7 @@ class TrainSection(Section):
     learning_rate: PositiveFloat | Literal["auto"] = Field(
         "auto",
         description="AdamW's learning rate; `auto`: 0.64 / rank, with a `public` or `sketch` basis 0.32 / rank "
-        "(as for rank 16 below it); of `lora` 2e-3, of `ffa-lora` 4e-3",
+        "(as for rank 16 below it); of `lora` 2e-3, of `ffa-lora` 4e-3, of `ravan` 0.64 / (rank √heads)",
     )
     head_learning_rate: PositiveFloat = Field(
         5e-3, description="AdamW's learning rate for a classification head that is trained along"

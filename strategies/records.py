@@ -81,12 +81,12 @@ def pack_basis(basis: Basis) -> ArrayRecord:
 
 
 def unpack_basis(record: ArrayRecord) -> Basis:
-    """The inverse of `pack_basis`; R0 is zero, since the server sends the core at the start with the first round."""
+    """The inverse of `pack_basis`; without R0, since the server sends the core at the start with the first round."""
     sides: dict[str, dict[str, Tensor]] = {"B": {}, "A": {}}
     for key, array in record.items():
         side, _, name = key.partition(":")
         sides[side][name] = from_array(array)
-    return Basis(sides["B"], sides["A"], {name: torch.zeros(b.shape[1], b.shape[1]) for name, b in sides["B"].items()})
+    return Basis(sides["B"], sides["A"], {})
 
 
 @functools.cache

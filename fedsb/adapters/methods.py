@@ -4,9 +4,11 @@ from fedsb.adapters.ffa_lora import FFA_LORA
 from fedsb.adapters.lora import LORA
 from fedsb.adapters.lora_sb import LORA_SB
 from fedsb.adapters.method import Method
+from fedsb.adapters.ravan import RAVAN
 
 METHODS: dict[str, Method] = {
     "lora-sb": LORA_SB,
     "lora": LORA,
     "ffa-lora": FFA_LORA,
+    "ravan": RAVAN,
 }

@@ -57,16 +57,17 @@ def export_lora(
 
 
 def export_core(stored: StoredAdapter, basis: Basis, out: Path, modules: Collection[str] = ()) -> Path:
-    """Write our own format: core (r, r) fp32, A (r, in) and B (out, r) in the basis' dtype.
+    """Write our own format: core (r, r) fp32, or RAVAN's heads; A (r, in) and B (out, r) in the basis' dtype.
 
     Raises as `export_lora`, and StoreError for a method without cores.
     """
     _check(stored, basis)
-    if METHODS[stored.manifest.method].frames != ("B", "A"):
+    native = METHODS[stored.manifest.method].native
+    if native is None:
         raise StoreError(f"{stored.manifest.method} has no cores, and so no format of ours; use --format lora")
     tensors: dict[str, Tensor] = {}
     for layer, parts in stored.layers.items():
-        tensors[f"{PREFIX}{layer}.fedsb_core.weight"] = parts["core"]
+        tensors |= {f"{PREFIX}{layer}.fedsb_core.{name}": tensor for name, tensor in native(parts).items()}
         tensors[f"{PREFIX}{layer}.fedsb_A"] = basis.A[layer]
         tensors[f"{PREFIX}{layer}.fedsb_B"] = basis.B[layer]
     return _write(out, stored, core_config(stored, modules), tensors | _head(stored))
@@ -79,9 +80,10 @@ def lora_config(stored: StoredAdapter, modules: Collection[str] = ()) -> dict[st
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "lora_alpha": stored.manifest.rank,
+        "lora_alpha": _width(stored),
         "lora_dropout": 0.0,
         "peft_type": "LORA",
+        "r": _width(stored),
         "rank_pattern": {},
         "use_dora": False,
         "use_rslora": False,
@@ -90,11 +92,22 @@ def lora_config(stored: StoredAdapter, modules: Collection[str] = ()) -> dict[st
 
 def core_config(stored: StoredAdapter, modules: Collection[str] = ()) -> dict[str, Any]:
     """`adapter_config.json` of our own format, whose peft_type an unmodified PEFT refuses."""
+    heads = {"heads": _width(stored) // stored.manifest.rank} if METHODS[stored.manifest.method].heads else {}
     return _common(stored, modules) | {
         "basis_fingerprint": stored.manifest.basis_fingerprint,
         "method": stored.manifest.method,
         "peft_type": "FEDSB",
+        **heads,
     }
+
+
+def _width(stored: StoredAdapter) -> int:
+    """The rank of the plain LoRA."""
+    return max(_widths(stored))
+
+
+def _widths(stored: StoredAdapter) -> set[int]:
+    return {METHODS[stored.manifest.method].width(parts, stored.manifest.rank) for parts in stored.layers.values()}
 
 
 def _common(stored: StoredAdapter, modules: Collection[str]) -> dict[str, Any]:
@@ -155,9 +168,9 @@ def _check(stored: StoredAdapter, basis: Basis) -> None:
             "load the basis of its own run"
         )
     framed = bool(METHODS[stored.manifest.method].frames)
-    if framed and (stored.layers.keys() != basis.A.keys() or stored.manifest.rank != basis.rank):
+    if framed and (stored.layers.keys() != basis.A.keys() or _widths(stored) != {basis.rank}):
         raise BasisError(
-            f"the adapter of {stored.manifest.client} ({len(stored.layers)} layers, rank {stored.manifest.rank}) lacks "
+            f"the adapter of {stored.manifest.client} ({len(stored.layers)} layers, rank {_width(stored)}) lacks "
             f"the layers or the rank of its basis ({len(basis.A)} layers, rank {basis.rank}); publish the adapter anew"
         )
 
@@ -193,6 +206,7 @@ def _card(stored: StoredAdapter, config: Mapping[str, Any], tensors: Mapping[str
     trained = sum(tensor.numel() for tensor in stored.state.values())
     method = METHODS[manifest.method]
     basis = f"| basis fingerprint | `{manifest.basis_fingerprint}` |\n" if method.frames else ""
+    whole = "" if config["r"] == manifest.rank else f", together {config['r']}"
     privacy = "none" if manifest.epsilon is None else f"ε = {manifest.epsilon:g} spent by this client"
     return f"""---
 base_model: {json.dumps(manifest.base_model.name)}
@@ -205,7 +219,7 @@ tags: [fedsb, {manifest.method}, {str(config["peft_type"]).lower()}]
 | | |
 |---|---|
 | base model | `{manifest.base_model.name}` (SHA-256 `{manifest.base_model.sha256}`) |
-| method | {manifest.method}, rank {manifest.rank} |
+| method | {manifest.method}, rank {manifest.rank}{whole} |
 | adapted layers | {len(stored.layers)} |
 | trained numbers | {trained:,} |
 | task | {manifest.task} |
@@ -233,7 +247,7 @@ base = AutoModelFor{kind}.from_pretrained({json.dumps(base)})
 model = PeftModel.from_pretrained(base, "THIS_FOLDER")
 ```
 """
-    limit = next((rank for rank in VLLM_RANKS if rank >= stored.manifest.rank), None)
+    limit = next((rank for rank in VLLM_RANKS if rank >= config["r"]), None)
     if own or limit is None or config["task_type"] != "CAUSAL_LM":
         return text
     name = stored.manifest.client

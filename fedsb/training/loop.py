@@ -58,12 +58,13 @@ def learning_rate(config: RunConfig) -> float:
 
     AdamW moves every entry of a core by about the learning rate, so ‖B·ΔR·A‖ = ‖ΔR‖ by learning rate times r a step,
     whatever the layer's size: that is what is kept the same. A basis from gradients points at what the loss is steepest
-    in, and takes half.
+    in, and takes half. RAVAN's h heads have h·r² numbers, and so the rate of a core of rank r·√h; untuned.
     """
-    chosen, method = config.train.learning_rate, METHODS[config.adapter.method]
+    chosen, adapter = config.train.learning_rate, config.adapter
     if chosen != "auto":
         return chosen
-    return method.rate or STEP_SIZE[config.basis.source] / max(config.adapter.rank, LOWEST_RANK)
+    rank = adapter.rank * math.sqrt(adapter.head_count)
+    return METHODS[adapter.method].rate or STEP_SIZE[config.basis.source] / max(rank, LOWEST_RANK)
 
 
 def round_plan(config: RunConfig, server_round: int) -> Plan:

@@ -12,7 +12,7 @@ from fedsb.adapters.state import layers_of, set_state
 from fedsb.basis.frames import DTYPES, Basis
 from fedsb.basis.gradient import gradient_basis
 from fedsb.basis.sketch import SketchPlan
-from fedsb.basis.spectral import random_basis, seeded, weights_basis
+from fedsb.basis.spectral import heads_basis, random_basis, seeded, weights_basis
 from fedsb.config import RunConfig
 from fedsb.data.batches import Batch, collate, encode
 from fedsb.data.tasks import labels_of, load_task
@@ -39,8 +39,8 @@ def needs_weights(config: RunConfig) -> bool:
 
 
 def build_basis(config: RunConfig, model: Any, tokenizer: Any, device: torch.device) -> Basis:
-    """Build what is frozen and shared, in the dtype in which it is kept and sent: the basis of LoRA-SB, A of FFA-LoRA, nothing of
-    LoRA. A basis from sketches is not built alone (`server/sketching.py`).
+    """Build what is frozen and shared, in the dtype in which it is kept and sent: the basis of LoRA-SB and RAVAN, A of FFA-LoRA,
+    nothing of LoRA. A basis from sketches is not built alone (`server/sketching.py`).
 
     Args:
         config: the run.
@@ -48,19 +48,20 @@ def build_basis(config: RunConfig, model: Any, tokenizer: Any, device: torch.dev
         tokenizer: only used for `basis.source = "public"`.
         device: where the model is.
     """
-    section, frames = config.basis, METHODS[config.adapter.method].frames
+    section, adapter, method = config.basis, config.adapter, METHODS[config.adapter.method]
+    frames = method.frames
     if not frames:
         basis = Basis({}, {}, {})
     elif frames == ("A",):
-        a = {
-            name: start_of_a((config.adapter.rank, in_), seeded(config.seed, name)) for name, (_, in_) in shapes_of(model).items()
-        }
+        a = {name: start_of_a((adapter.rank, in_), seeded(config.seed, name)) for name, (_, in_) in shapes_of(model).items()}
         basis = Basis({}, a, {})
+    elif method.heads:
+        basis = heads_basis(shapes_of(model), adapter.rank, adapter.head_count, config.seed)
     elif section.source == "random":
-        basis = random_basis(shapes_of(model), config.adapter.rank, config.seed)
+        basis = random_basis(shapes_of(model), adapter.rank, config.seed)
     elif section.source == "weights":
         layers = {name: layer.get_base_layer() for name, layer in layers_of(model).items()}
-        basis = weights_basis(layers, config.adapter.rank, config.seed)
+        basis = weights_basis(layers, adapter.rank, config.seed)
     elif section.source == "sketch":
         raise BasisError('basis.source = "sketch" is made of what clients send; it cannot be built by one side alone')
     else:

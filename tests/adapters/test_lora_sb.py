@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedsb.adapters.lora_sb import LoraSbLinear
+from fedsb.adapters.lora_sb import LoraSbConfig, LoraSbLinear
 from fedsb.adapters.methods import METHODS
 from fedsb.adapters.state import get_state, parameters_of
 from fedsb.adapters.tuner import adapted_layers, basis_of, set_basis
@@ -22,7 +22,7 @@ def _layer(weights: torch.dtype, frames: torch.dtype, bias: bool = False) -> Lor
     draw = torch.Generator().manual_seed(3)
     base = nn.Linear(12, 20, bias=bias).to(weights).requires_grad_(False)
     base.weight.copy_(torch.randn(20, 12, generator=draw))
-    layer = LoraSbLinear(base, "default", RANK)
+    layer = LoraSbLinear(base, "default", LoraSbConfig(r=RANK).core())
     basis = random_basis({"l": (20, 12)}, RANK, 0).to(frames)
     layer.set_frames("default", basis.B["l"], basis.A["l"])
     with torch.no_grad():
@@ -167,7 +167,7 @@ def test_how_a_basis_lies_in_memory_changes_no_bit() -> None:
     basis = random_basis({"l": (72, 40)}, 8, 0)
     results = []
     for b in (basis.B["l"].contiguous(), basis.B["l"].T.contiguous().T):
-        layer = LoraSbLinear(base, "default", 8)
+        layer = LoraSbLinear(base, "default", LoraSbConfig(r=8).core())
         layer.set_frames("default", b, basis.A["l"].T.contiguous().T if results else basis.A["l"])
         with torch.no_grad():
             layer.core("default").weight.fill_(0.3)
@@ -286,11 +286,11 @@ def test_only_the_active_adapter_counts_and_is_trained() -> None:
 
 
 def test_the_table_of_methods_builds_what_it_says() -> None:
-    for name, method in METHODS.items():
+    for method in METHODS.values():
         config = method.config(RANK, float(RANK), {"target_modules": "all-linear"})
-        assert config.peft_type.value == ("FEDSB" if name == "lora-sb" else "LORA")
+        assert config.peft_type.value == ("FEDSB" if method.native else "LORA")
         assert set(method.frames) <= {"B", "A"} and method.parts
-        sizes = {"out": 7, "in": 9, "r": RANK}
+        sizes = {"out": 7, "in": 9, "r": RANK, "h": 3}
         for part, letters in method.parts.items():
             shape = tuple(sizes[letter] for letter in letters)
             assert method.fits(part, shape, RANK) and not method.fits(part, shape, RANK + 1)

@@ -41,6 +41,7 @@ from tests.federation.twisted import twisted
 
 EVERY = pytest.mark.parametrize("method", METHODS)
 FAMILY = pytest.mark.parametrize("method", ["lora", "ffa-lora"])
+SCALED = ("lora", "ffa-lora")  # have an alpha
 TOKENS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 
 
@@ -95,14 +96,14 @@ def test_the_base_model_is_where_everybody_starts(method: str, llama: str, words
 
 @EVERY
 def test_the_chain_is_the_update_that_the_layer_adds(method: str, llama: str, words: str) -> None:
-    alpha = {} if method == "lora-sb" else {"alpha": 12.0}
+    alpha = {"alpha": 12.0} if method in SCALED else {}
     run = config(llama, words, method, adapter={"method": method, **alpha})
     session = Session(run)
     torch.manual_seed(0)
     state = {name: torch.randn_like(t) for name, t in session.layout.unflatten(session.base_vector()).items()}
     found = dense(run, state)
     basis = build_basis(run, session.model, session.tokenizer, session.device)
-    assert scale_of(run) == (1.0 if method == "lora-sb" else 3.0)
+    assert scale_of(run) == (3.0 if method in SCALED else 1.0)
     for layer, update in found.items():
         parts = {part: state[f"{layer}.{part}"].double() for part in METHODS[method].parts}
         b, a = (side[layer].double() if layer in side else None for side in (basis.B, basis.A))
@@ -170,7 +171,7 @@ def test_a_killed_run_resumes_to_the_same_bits(method: str, llama: str, words: s
 
 @EVERY
 def test_an_unmodified_peft_reads_the_export(method: str, bert: str, labels: str, tmp_path: Path) -> None:
-    alpha = {} if method == "lora-sb" else {"alpha": 8.0}
+    alpha = {"alpha": 8.0} if method in SCALED else {}
     run = config_of(classification(bert, labels, adapter={"method": method, **alpha}))
     federate(run, tmp_path)
     stored = adapters.load(tmp_path / "adapters", "client-1")
@@ -182,6 +183,17 @@ def test_an_unmodified_peft_reads_the_export(method: str, bert: str, labels: str
     assert not any("fedsb" in name for name in load_file(folder / "adapter_model.safetensors"))
     card = (folder / "README.md").read_text()
     assert METHODS[method].says in card and ("basis fingerprint" in card) == bool(METHODS[method].frames)
+
+
+@pytest.mark.parametrize("method", ["lora-sb", "ravan"])
+def test_our_peft_type_reads_the_format_of_ours(method: str, llama: str, words: str, tmp_path: Path) -> None:
+    run = config(llama, words, method, federation={"rounds": 1})
+    federate(run, tmp_path)
+    stored = adapters.load(tmp_path / "adapters", "client-0")
+    folder = export_core(stored, load_basis(tmp_path, stored.manifest.basis_fingerprint), tmp_path / "out")
+    loaded = PeftModel.from_pretrained(load_model(locate(run.model.source), run.model, None, device_of("cpu")), folder)
+    torch.testing.assert_close(loaded(input_ids=TOKENS).logits, opened(run, stored.state).model(input_ids=TOKENS).logits)
+    assert equal(get_state(loaded), stored.state)
 
 
 @FAMILY
@@ -217,7 +229,7 @@ def test_half_as_much_travels_with_a_frozen_and_shared_a(llama: str, words: str,
     assert not any(torch.equal(one[name], other[name]) for name in one), "A follows from the seed"
 
 
-@FAMILY
+@pytest.mark.parametrize("method", ["lora", "ffa-lora", "ravan"])
 def test_private_by_record_and_by_client_and_under_a_secure_sum(method: str, bert: str, labels: str, tmp_path: Path) -> None:
     for unit in ("record", "client"):
         privacy = {"unit": unit, "epsilon": 8.0, "secure_sum": unit == "client"}
@@ -274,15 +286,22 @@ def test_a_state_of_another_method_is_refused(llama: str, words: str, tmp_path: 
         opened(config(llama, words, "ffa-lora"), stored.state)
 
 
-@FAMILY
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"lora-sb"}))
 def test_what_it_has_no_use_for_is_refused_by_name(method: str, llama: str, words: str) -> None:
     with pytest.raises(ConfigError, match=f'adapter.method = "{method}" has no basis for basis.source = "weights"'):
         config(llama, words, method, basis={"source": "weights"})
 
 
-def test_a_scale_of_lora_sb_is_refused(llama: str, words: str) -> None:
-    with pytest.raises(ConfigError, match="lora-sb.* has no scale"):
-        config(llama, words, "lora-sb", adapter={"alpha": 8.0})
+@pytest.mark.parametrize("method", ["lora-sb", "ravan"])
+def test_a_scale_of_what_has_none_is_refused(method: str, llama: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"{method}.* has no scale"):
+        config(llama, words, method, adapter={"method": method, "alpha": 8.0})
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"ravan"}))
+def test_heads_of_what_has_none_are_refused(method: str, llama: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=f'adapter.heads are those of ravan, and adapter.method = "{method}" has none'):
+        config(llama, words, method, adapter={"method": method, "heads": 4})
 
 
 def test_what_a_model_is_told_first_leaves_torchs_own_chance_alone(llama: str, words: str) -> None:
@@ -330,5 +349,7 @@ def test_a_basis_of_another_method_is_refused(llama: str, words: str) -> None:
         session = Session(config(llama, words, method))
         for other, basis in bases.items():
             if other != method:
-                with pytest.raises(BasisError, match=f"was not made for adapter.method = {method}"):
+                alike = METHODS[other].frames == METHODS[method].frames
+                said = "the basis has another shape" if alike else f"was not made for adapter.method = {method}"
+                with pytest.raises(BasisError, match=said):
                     session.use(basis)
