@@ -82,11 +82,19 @@ class DataSection(Section):
 class AdapterSection(Section):
     """`[adapter]`: what is trained."""
 
-    method: Literal["lora-sb", "lora", "ffa-lora", "ravan"] = Field(
+    method: Literal["lora-sb", "lora", "ffa-lora", "ravan", "dylora"] = Field(
         "lora-sb", description="the way of adapting, a row of docs/methods.md"
     )
     rank: PositiveInt = Field(64, description="r: a core or a head has r x r numbers, LoRA's factors r x in and out x r")
     heads: PositiveInt | None = Field(None, description=f"heads of a layer, each of rank r (only `ravan`; default {HEADS})")
+    smallest_rank: PositiveInt = Field(1, description="the smallest rank that is drawn (only `dylora`)")
+    draw: Literal["step", "round"] = Field(
+        "step",
+        description="a rank drawn by each client for each step, or one for all in a round, as privacy needs it (only `dylora`)",
+    )
+    frozen: bool = Field(
+        False, description="train only the last row and column of the rank that is drawn, not all up to it (only `dylora`)"
+    )
     alpha: PositiveFloat | None = Field(
         None,
         description="LoRA's α: updates are scaled by α / rank; by default the rank (not for `lora-sb` and `ravan`, which "
@@ -133,7 +141,7 @@ class TrainSection(Section):
     learning_rate: PositiveFloat | Literal["auto"] = Field(
         "auto",
         description="AdamW's learning rate; `auto`: 0.64 / rank, with a `public` or `sketch` basis 0.32 / rank "
-        "(as for rank 16 below it); of `lora` 2e-3, of `ffa-lora` 4e-3, of `ravan` 0.64 / (rank √heads)",
+        "(as for rank 16 below it); of `lora` and `dylora` 2e-3, of `ffa-lora` 4e-3, of `ravan` 0.64 / (rank √heads)",
     )
     head_learning_rate: PositiveFloat = Field(
         5e-3, description="AdamW's learning rate for a classification head that is trained along"

@@ -1,15 +1,26 @@
 """What a method is: one entry of `METHODS`, made in the method's own file."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftConfig
-from torch import Tensor
+from torch import Tensor, nn
+
+from fedsb.config import RunConfig
 
 Parts = Mapping[str, Tensor]  # what is trained in one layer: part → tensor
 Chain = Callable[[Parts, Tensor | None, Tensor | None, float], tuple[Tensor, ...]]
+
+Masks = list[tuple[nn.Parameter, Tensor]]  # of a step that trains only a part: parameter, where it learns
+Around = Callable[[int], AbstractContextManager[Masks]]  # number of a step → what is open while it is taken
+
+
+def wholly(step: int) -> AbstractContextManager[Masks]:
+    """A step that trains everything."""
+    return nullcontext([])
 
 
 def by_steps(step: float, sent: Tensor) -> Tensor:
@@ -31,6 +42,8 @@ class Method:
         rate: AdamW's learning rate for `train.learning_rate = "auto"`; None: by rank and basis (`fedsb.training.loop`).
         heads: whether an update is a sum of `adapter.heads` heads of rank r.
         native: parts → the tensors of a core in our own format; None: there is no core.
+        around: (run, model, client) → what is open around each of the client's steps; None: nothing.
+        nested: `chain` with one argument more, a smaller rank, and the update at that; None: there are no smaller ranks.
         reach: (how far AdamW's steps can move a trained number, the state that was sent) → how far they can move the state.
     """
 
@@ -43,6 +56,8 @@ class Method:
     rate: float | None = None
     heads: bool = False
     native: Callable[[Parts], dict[str, Tensor]] | None = None
+    around: Callable[[RunConfig, nn.Module, str], Around] | None = None
+    nested: Callable[[Parts, Tensor | None, Tensor | None, float, int], tuple[Tensor, ...]] | None = None
     reach: Callable[[float, Tensor], Tensor] = by_steps
 
     def fits(self, part: str, shape: tuple[int, ...], rank: int) -> bool:

@@ -1,5 +1,6 @@
 """The table of methods: the names that configurations use, and what each is made of."""
 
+from fedsb.adapters.dylora import DYLORA
 from fedsb.adapters.ffa_lora import FFA_LORA
 from fedsb.adapters.lora import LORA
 from fedsb.adapters.lora_sb import LORA_SB
@@ -11,4 +12,5 @@ METHODS: dict[str, Method] = {
     "lora": LORA,
     "ffa-lora": FFA_LORA,
     "ravan": RAVAN,
+    "dylora": DYLORA,
 }

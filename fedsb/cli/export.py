@@ -30,10 +30,13 @@ def export(
         Format,
         typer.Option("--format", help="lora: plain LoRA for PEFT and vLLM; core: ours, small matrices with their basis"),
     ] = Format.lora,
+    rank: Annotated[int | None, typer.Option(help="cut to this rank, where the method has smaller ones (dylora)")] = None,
 ) -> None:
     """Write personal adapters of a run as folders: plain LoRA for PEFT and vLLM, or our own format."""
     if (client is None) == (not all_):
         raise StoreError("name one client with --client NAME, or all of them with --all")
+    if rank is not None and format_ is Format.core:
+        raise StoreError("--rank cuts a plain LoRA; leave it out, or take --format lora")
     config, store = load_run(run), run / "adapters"
     names = adapters.clients(store) if all_ else [str(client)]
     if not names:
@@ -43,6 +46,8 @@ def export(
     for name in names:
         stored = adapters.load(store, name)
         basis = load_basis(run, stored.manifest.basis_fingerprint)
-        write = export_lora if format_ is Format.lora else export_core
-        folder = write(stored, basis, out / name, modules=modules)
+        if format_ is Format.lora:
+            folder = export_lora(stored, basis, out / name, modules=modules, rank=rank)
+        else:
+            folder = export_core(stored, basis, out / name, modules=modules)
         print(f"{name}: version {stored.manifest.version} of round {stored.manifest.round} → {folder}")

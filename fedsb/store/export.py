@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedsb.adapters.method import Chain
 from fedsb.adapters.methods import METHODS
 from fedsb.basis.frames import Basis
 from fedsb.errors import BasisError, StoreError
@@ -36,24 +37,42 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
 
 
 def export_lora(
-    stored: StoredAdapter, basis: Basis, out: Path, dtype: torch.dtype = torch.float32, modules: Collection[str] = ()
+    stored: StoredAdapter,
+    basis: Basis,
+    out: Path,
+    dtype: torch.dtype = torch.float32,
+    modules: Collection[str] = (),
+    rank: int | None = None,
 ) -> Path:
     """Write a plain LoRA: the last matrix of the method's chain as lora_A (r, in), the product of those before it, in fp64, as
     lora_B (out, r); of LoRA-SB A and B·R. Stored in `dtype`.
 
-    `modules`: see `target_modules`. Raises BasisError (not the adapter's basis), StoreError (`out` is something
-    else) and DiskError; then whatever was at `out` is as before.
+    `modules`: see `target_modules`. `rank`: a smaller one, which the method must have (`Method.nested`). Raises BasisError (not
+    the adapter's basis), StoreError (`out` is something else, or there is no such rank) and DiskError; then whatever was at `out`
+    is as before.
     """
     _check(stored, basis)
     method, scale = METHODS[stored.manifest.method], stored.manifest.scale
+    chain = method.chain if rank is None else _cut(stored, rank)
     tensors: dict[str, Tensor] = {}
     for layer, parts in stored.layers.items():
         wide = {part: tensor.double() for part, tensor in parts.items()}
         b, a = (side[layer].double() if layer in side else None for side in (basis.B, basis.A))
-        *left, right = method.chain(wide, b, a, scale)
+        *left, right = chain(wide, b, a, scale)
         tensors[f"{PREFIX}{layer}.lora_A.weight"] = right.to(dtype)
         tensors[f"{PREFIX}{layer}.lora_B.weight"] = functools.reduce(torch.matmul, left).to(dtype)
-    return _write(out, stored, lora_config(stored, modules), tensors | _head(stored))
+    return _write(out, stored, lora_config(stored, modules, rank), tensors | _head(stored))
+
+
+def _cut(stored: StoredAdapter, rank: int) -> Chain:
+    method, most = stored.manifest.method, stored.manifest.rank
+    nested = METHODS[method].nested
+    if nested is None:
+        able = [name for name, other in METHODS.items() if other.nested]
+        raise StoreError(f"{method} has no smaller ranks, as {', '.join(able)} has; leave --rank out")
+    if not 1 <= rank <= most:
+        raise StoreError(f"--rank {rank}: the adapter of {stored.manifest.client} has the ranks 1 to {most}; name one of these")
+    return lambda parts, b, a, scale: nested(parts, b, a, scale, rank)
 
 
 def export_core(stored: StoredAdapter, basis: Basis, out: Path, modules: Collection[str] = ()) -> Path:
@@ -73,17 +92,17 @@ def export_core(stored: StoredAdapter, basis: Basis, out: Path, modules: Collect
     return _write(out, stored, core_config(stored, modules), tensors | _head(stored))
 
 
-def lora_config(stored: StoredAdapter, modules: Collection[str] = ()) -> dict[str, Any]:
+def lora_config(stored: StoredAdapter, modules: Collection[str] = (), rank: int | None = None) -> dict[str, Any]:
     """`adapter_config.json` of the plain LoRA. lora_alpha = r, so that PEFT scales by 1."""
     return _common(stored, modules) | {
         "alpha_pattern": {},
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "lora_alpha": _width(stored),
+        "lora_alpha": rank or _width(stored),
         "lora_dropout": 0.0,
         "peft_type": "LORA",
-        "r": _width(stored),
+        "r": rank or _width(stored),
         "rank_pattern": {},
         "use_dora": False,
         "use_rslora": False,
@@ -206,7 +225,7 @@ def _card(stored: StoredAdapter, config: Mapping[str, Any], tensors: Mapping[str
     trained = sum(tensor.numel() for tensor in stored.state.values())
     method = METHODS[manifest.method]
     basis = f"| basis fingerprint | `{manifest.basis_fingerprint}` |\n" if method.frames else ""
-    whole = "" if config["r"] == manifest.rank else f", together {config['r']}"
+    whole = "" if config["r"] == manifest.rank else f", here as a LoRA of rank {config['r']}"
     privacy = "none" if manifest.epsilon is None else f"ε = {manifest.epsilon:g} spent by this client"
     return f"""---
 base_model: {json.dumps(manifest.base_model.name)}

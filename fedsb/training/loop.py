@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedsb.adapters.method import Around, wholly
 from fedsb.adapters.methods import METHODS
 from fedsb.adapters.state import HEAD
 from fedsb.config import RunConfig
@@ -130,12 +131,14 @@ def train(
     pad_id: int,
     seed: int,
     client: str,
+    around: Around = wholly,
 ) -> float:
     """Take the plan's AdamW steps on `parameters` in place and return the mean training loss (nats).
 
     Args:
         model: the transformers model (not the PEFT wrapper) that holds the parameters.
         rows: the client's training examples; which of them a step takes is drawn from (seed, client, step).
+        around: what is open around a step (`Method.around`).
     """
     loss_of, device = loss_function(kind), next(iter(parameters.values())).device
     optimiser = optimiser_of(parameters, plan)
@@ -149,12 +152,13 @@ def train(
             group["lr"] = group["base"] * plan.factor(step)
         optimiser.zero_grad(set_to_none=True)
         total = torch.zeros((), device=device)
-        for start in range(0, len(drawn), plan.microbatch):
-            part = drawn[start : start + plan.microbatch]
-            loss = loss_of(model, collate(part, pad_id, kind).to(device)) * (len(part) / len(drawn))
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        optimiser.step()
+        with around(step):
+            for start in range(0, len(drawn), plan.microbatch):
+                part = drawn[start : start + plan.microbatch]
+                loss = loss_of(model, collate(part, pad_id, kind).to(device)) * (len(part) / len(drawn))
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
+            optimiser.step()
         losses.append(total)
     model.eval()
     return float(torch.stack(losses).mean()) if losses else float("nan")

@@ -348,7 +348,7 @@ def test_a_basis_of_another_method_is_refused(llama: str, words: str) -> None:
     for method in METHODS:
         session = Session(config(llama, words, method))
         for other, basis in bases.items():
-            if other != method:
+            if other != method and (basis.A or METHODS[method].frames):  # nothing is the same nothing for all without frames
                 alike = METHODS[other].frames == METHODS[method].frames
                 said = "the basis has another shape" if alike else f"was not made for adapter.method = {method}"
                 with pytest.raises(BasisError, match=said):
