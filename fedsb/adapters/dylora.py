@@ -34,12 +34,14 @@ def at_rank(model: nn.Module, rank: int, frozen: bool = False, adapter: str = "d
 
         model = get_peft_model(base, LoraConfig(r=8))      # the adapter is a plain LoRA
         for batch in batches:
+            optimiser.zero_grad()
             with at_rank(model, random.randint(1, 8)):
                 model(**batch).loss.backward()
                 optimiser.step()
 
     Also for scoring a rank without exporting it. Yields (parameter, mask of what learns), for who works on gradients himself.
-    Raises ValueError for a rank that a layer does not have, a model without LoRA, and merged adapters, which compute elsewhere.
+    PEFT's scale, whichever it is, is multiplied with r / b. Raises ValueError for a rank that a layer does not have, a model
+    without LoRA, and adapters that are merged or of a variant such as DoRA, which compute elsewhere.
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLinear) and adapter in module.lora_A]
     if not layers:
@@ -47,8 +49,10 @@ def at_rank(model: nn.Module, rank: int, frozen: bool = False, adapter: str = "d
     most = min(layer.r[adapter] for layer in layers)
     if not 1 <= rank <= most:
         raise ValueError(f"rank {rank} is not one of 1 to {most}; choose one of these")
-    if any(layer.merged for layer in layers):
-        raise ValueError("merged adapters compute at their whole rank; call unmerge_adapter() first")
+    if any(layer.merged or adapter in layer.lora_variant for layer in layers):
+        raise ValueError(
+            "adapters that are merged, or of a variant such as DoRA, have their whole rank; unmerge, or take plain LoRA"
+        )
     masks: Masks = []
     handles = []
     for layer in layers:

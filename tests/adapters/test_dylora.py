@@ -153,8 +153,13 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="has no LoRA with the name default"), at_rank(llama(), 1):
         pass
     model.merge_adapter()
-    with pytest.raises(ValueError, match="merged adapters compute at their whole rank"), at_rank(model, 1):
-        pass
+    dora = get_peft_model(llama(), LoraConfig(r=R, target_modules=["q_proj"], use_dora=True))
+    for other in (model, dora):
+        with (
+            pytest.raises(ValueError, match="merged, or of a variant such as DoRA, have"),
+            at_rank(other, 1),
+        ):
+            pass
 
 
 def test_a_merged_model_is_the_whole_rank() -> None:
