@@ -42,7 +42,7 @@ class Policy(Section):
     methods: Names = Field(None, description="adapter.method must be one of these")
     models: Names = Field(None, description="model.source must match one of these patterns")
     tasks: Names = Field(None, description="the source of every task must match one of these patterns")
-    max_rank: PositiveInt | None = Field(None, description="largest adapter.rank")
+    max_rank: PositiveInt | None = Field(None, description="largest adapter.rank, times the heads if there are any")
     max_steps: PositiveInt | None = Field(None, description="most optimiser steps in one round, or in personalisation")
     max_rounds: PositiveInt | None = Field(None, description="most rounds of a run")
     max_epsilon: PositiveFloat | None = Field(
@@ -86,7 +86,7 @@ class Policy(Section):
         if self.secure_sum_only and not config.privacy.secure_sum:
             raise _beyond("privacy.secure_sum", "false", "secure_sum_only = true")
         for key, value, limit in (
-            ("adapter.rank", adapter.rank, "max_rank"),
+            ("adapter.rank" + " × heads" * (adapter.head_count > 1), adapter.rank * adapter.head_count, "max_rank"),
             ("train.steps or personal.steps", steps, "max_steps"),
             ("federation.rounds", config.federation.rounds, "max_rounds"),
         ):

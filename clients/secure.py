@@ -15,7 +15,7 @@ from fedsb.privacy.member import Member
 from fedsb.privacy.noise import KeyStream, add_noise
 from fedsb.privacy.roster import Context
 from fedsb.training.start import sketch_plan
-from strategies.records import Order
+from strategies.records import ARRAYS, Order, unpack_state
 from strategies.sums import context_of, fixed_point_of, noise_share, pack_payload, unpack_payload
 
 _members: dict[tuple[str, str], Member] = {}  # (site's folder and name, run's digest) → its part in the newest round
@@ -44,7 +44,8 @@ def mask(content: RecordDict, session: Session, site: Site, update: Tensor) -> A
     order, privacy = Order.of(content), session.config.privacy
     if privacy.unit == "client" or not order.round:
         update = clip(update, privacy.clip_norm).vector  # nobody else can: the server sees no single one
-    fixed = fixed_point_of(session.config, order.round, order.members)
+    sent = unpack_state(content.get(ARRAYS)) if order.round else None
+    fixed = fixed_point_of(session.config, order.round, order.members, sent)
     noisy = add_noise(update, noise_share(session.config, order.round, order.members), KeyStream()).clamp(
         -fixed.bound, fixed.bound
     )

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fedsb.adapters.attach import attach, give_basis, initial_state, layout_of, model_section
 from fedsb.adapters.folding import fold_into
+from fedsb.adapters.method import Around, wholly
+from fedsb.adapters.methods import METHODS
 from fedsb.adapters.state import get_state, layers_of, parameters_of, set_state
 from fedsb.basis.frames import Basis, Fold, folded_fingerprint
 from fedsb.config import RunConfig
@@ -118,6 +120,7 @@ class Session:
             pad_id=self.tokenizer.pad_token_id,
             seed=self.config.seed,
             client=site.name,
+            around=self._around(site),
         )
         return Trained(self.layout.flatten(get_state(self.model)), loss, len(rows), time.monotonic() - started)
 
@@ -133,8 +136,13 @@ class Session:
             KeyStream(),
             kind=self.config.model.kind,
             pad_id=self.tokenizer.pad_token_id,
+            around=self._around(site),
         )
         return self.layout.flatten(get_state(self.model))
+
+    def _around(self, site: Site) -> Around:
+        around = METHODS[self.config.adapter.method].around
+        return around(self.config, self.model, site.name) if around else wholly
 
     def sketch(self, site: Site) -> Tensor:
         """The sketch (size of the plan,) of the client's first gradient: the mean over `basis.examples` of its examples."""

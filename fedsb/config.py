@@ -40,7 +40,7 @@ SOURCES: dict[str, tuple[str, ...]] = {  # method → what `basis.source` may be
     "lora-ga": ("sketch", "public"),
 }
 FOLDING = ("fedex-lora", "flora-stacking")  # what they add to the weights takes each client's own factors
-SCALED = ("lora", "ffa-lora", "lora-xs", "lora-ga", *FOLDING)  # methods that multiply an update by alpha / rank
+SCALED = ("lora", "ffa-lora", "lora-xs", "lora-ga", "dylora", *FOLDING)  # methods that multiply an update by alpha / rank
 NO_RECORDS = ("miss", "bone", "bone-row")  # methods whose trained numbers are in no module that Opacus knows
 
 
@@ -105,6 +105,15 @@ class RunConfig(Section):
             raise ValueError(
                 f'adapter.method = "{self.adapter.method}" is exact only with federation.wire_dtype = "fp32"; leave it out'
             )
+        if self.adapter.method != "ravan" and self.adapter.heads is not None:
+            raise ValueError(
+                f'adapter.heads are those of ravan, and adapter.method = "{self.adapter.method}" has none; drop them'
+            )
+        for key in ("smallest_rank", "draw", "frozen"):
+            if self.adapter.method != "dylora" and getattr(self.adapter, key) != AdapterSection.model_fields[key].default:
+                raise ValueError(f'adapter.{key} is of dylora, and adapter.method = "{self.adapter.method}" has none; drop it')
+        if self.adapter.smallest_rank > self.adapter.rank:
+            raise ValueError("adapter.smallest_rank is larger than adapter.rank; lower it")
         if self.basis.source != "public" and (self.basis.r0 == "paper" or self.basis.sign):
             raise ValueError('basis.r0 = "paper" and basis.sign need basis.source = "public"; drop them or change the source')
         if self.data.partition == "task" and self.federation.clients < len(self.data.tasks):
@@ -141,6 +150,10 @@ class RunConfig(Section):
             )
         if privacy.unit != "none" and len(targets) != 1:
             raise ValueError(f'privacy.unit = "{privacy.unit}" needs privacy.epsilon or privacy.noise_multiplier, and not both')
+        if privacy.unit != "none" and self.adapter.method == "dylora" and self.adapter.draw == "step":
+            raise ValueError(
+                'privacy.unit needs adapter.draw = "round": ranks that each client draws for itself ("step") break it; set it'
+            )
         if privacy.unit != "none" and federation.weighting != "uniform":
             raise ValueError(
                 'privacy.unit needs federation.weighting = "uniform", since how many examples a client has is private too; set it'

@@ -15,10 +15,24 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 SITE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")  # of a client, a task or a run; safe as a folder
 SiteName = Annotated[str, Field(pattern=rf"^{SITE_NAME.pattern}$")]
+HEADS = 4  # of RAVAN, as in its paper's tables
 CLIENT = "{client}"  # in the folder of a `jsonl:` source: the name of the client that reads it
 
 
-Method = Literal["lora-sb", "lora-xs", "lora", "ffa-lora", "fedex-lora", "flora-stacking", "lora-ga", "miss", "bone", "bone-row"]
+Method = Literal[
+    "lora-sb",
+    "lora-xs",
+    "ravan",
+    "lora",
+    "ffa-lora",
+    "fedex-lora",
+    "flora-stacking",
+    "lora-ga",
+    "dylora",
+    "miss",
+    "bone",
+    "bone-row",
+]
 
 
 class Section(BaseModel):
@@ -93,8 +107,17 @@ class AdapterSection(Section):
     method: Method = Field("lora-sb", description="the way of adapting, a row of docs/methods.md")
     rank: PositiveInt = Field(
         64,
-        description="r: a core has r x r numbers, LoRA's factors r x in and out x r; Bone's blocks are r x r, so r must "
-        "divide both sides of every layer",
+        description="r: a core or a head has r x r numbers, LoRA's factors r x in and out x r; Bone's blocks are r x r, so r "
+        "must divide both sides of every layer",
+    )
+    heads: PositiveInt | None = Field(None, description=f"heads of a layer, each of rank r (only `ravan`; default {HEADS})")
+    smallest_rank: PositiveInt = Field(1, description="the smallest rank that is drawn (only `dylora`)")
+    draw: Literal["step", "round"] = Field(
+        "step",
+        description="a rank drawn by each client for each step, or one for all in a round, as privacy needs it (only `dylora`)",
+    )
+    frozen: bool = Field(
+        False, description="train only the last row and column of the rank that is drawn, not all up to it (only `dylora`)"
     )
     alpha: PositiveFloat | None = Field(
         None,
@@ -104,6 +127,11 @@ class AdapterSection(Section):
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
         "all-linear", description="names of the linear layers to adapt; all of them except the output head"
     )
+
+    @property
+    def head_count(self) -> int:
+        """How many heads a layer has; 1 for methods without."""
+        return self.heads or HEADS if self.method == "ravan" else 1
 
 
 class BasisSection(Section):
@@ -138,8 +166,8 @@ class TrainSection(Section):
     learning_rate: PositiveFloat | Literal["auto"] = Field(
         "auto",
         description="AdamW's learning rate; `auto`: 0.64 / rank, with a `public` or `sketch` basis 0.32 / rank "
-        "(as for rank 16 below it); of `lora`, `fedex-lora` and `flora-stacking` 2e-3, of `ffa-lora` and `lora-xs` 4e-3, of "
-        "`lora-ga` 1e-4, of `miss`, `bone` and `bone-row` 4e-4",
+        "(as for rank 16 below it); of `lora`, `fedex-lora`, `flora-stacking` and `dylora` 2e-3, of `ffa-lora` and `lora-xs` "
+        "4e-3, of `lora-ga` 1e-4, of `miss`, `bone` and `bone-row` 4e-4, of `ravan` 0.64 / (rank √heads)",
     )
     head_learning_rate: PositiveFloat = Field(
         5e-3, description="AdamW's learning rate for a classification head that is trained along"

@@ -83,13 +83,12 @@ def pack_basis(basis: Basis) -> ArrayRecord:
 
 
 def unpack_basis(record: ArrayRecord) -> Basis:
-    """The inverse of `pack_basis`; R0 is zero, since the server sends the core at the start with the first round."""
+    """The inverse of `pack_basis`; without R0, since the server sends the core at the start with the first round."""
     sides: dict[str, dict[str, Tensor]] = {"B": {}, "A": {}}
     for side, _, name, array in ((*key.partition(":"), array) for key, array in record.items()):
         if side in sides:
             sides[side][name] = from_array(array)
-    zeros = {name: torch.zeros(b.shape[1], b.shape[1]) for name, b in sides["B"].items()}
-    return functools.reduce(Basis.fold, unpack_folds(record), Basis(sides["B"], sides["A"], zeros))
+    return functools.reduce(Basis.fold, unpack_folds(record), Basis(sides["B"], sides["A"], {}))
 
 
 def pack_folds(folds: Sequence[Fold]) -> ArrayRecord:

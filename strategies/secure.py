@@ -167,7 +167,7 @@ class SecureFedSB(FedSB):
             self.tell("reply", round=server_round, client=client, **told)
         if count < max(self.summing.context.threshold, self.config.federation.min_clients):
             return None, None
-        fixed = fixed_point_of(self.config, server_round, members)
+        fixed = fixed_point_of(self.config, server_round, members, self.sent)
         total = self.summing.total(fixed, count)
         divisor = self.config.federation.clients if self.config.privacy.unit == "client" else count
         record = pack_state(self.sent + (total / divisor).float(), self.config.federation.wire_dtype)

@@ -6,8 +6,11 @@ told two clients different things of these would find that they cannot open each
 
 import math
 
+import torch
 from flwr.app import Array, ArrayRecord, RecordDict
+from torch import Tensor
 
+from fedsb.adapters.methods import METHODS
 from fedsb.config import RunConfig
 from fedsb.errors import FederationError, ReplyError
 from fedsb.privacy.fixed_point import FixedPoint
@@ -48,11 +51,15 @@ def noise_share(config: RunConfig, server_round: int, members: int) -> float:
     return mechanism.noise_multiplier * mechanism.clip_norm / math.sqrt(two_thirds(members) - 1)
 
 
-def fixed_point_of(config: RunConfig, server_round: int, members: int) -> FixedPoint:
-    """How updates become whole numbers: bounded by how far the round's steps can move a number, and by the clip norm if
-    there is one, with room for the noise that a client adds. Round 0: sketches, which are always clipped."""
-    clip_norm = config.privacy.clip_norm
-    bound = max(largest_update(round_plan(config, server_round))) * ROUNDING if server_round else clip_norm
+def fixed_point_of(config: RunConfig, server_round: int, members: int, sent: Tensor | None = None) -> FixedPoint:
+    """How updates become whole numbers: bounded by how far the round's steps can move a number from the state that was `sent`
+    (None: from zero), and by the clip norm if there is one, with room for the noise that a client adds. Round 0: sketches,
+    which are always clipped."""
+    bound = clip_norm = config.privacy.clip_norm
+    if server_round:
+        core, head = largest_update(round_plan(config, server_round))
+        reach = METHODS[config.adapter.method].reach(core, torch.zeros(1) if sent is None else sent)
+        bound = max(float(reach.max()), head) * ROUNDING
     if config.privacy.unit == "client":
         bound = min(bound, clip_norm) + TAIL * noise_share(config, server_round, members)
     return FixedPoint(members, bound)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedsb.adapters.lora import start_of_a
 from fedsb.adapters.methods import METHODS
-from fedsb.adapters.state import CORE, HEAD, Layout, State, layers_of, parameters_of
+from fedsb.adapters.state import CORE, HEAD, Layout, State, layers_of, told_of
 from fedsb.adapters.tuner import set_basis
 from fedsb.basis.frames import Basis
 from fedsb.basis.spectral import check_rank, seeded
@@ -33,6 +33,8 @@ def attach(model: Any, config: RunConfig) -> Any:
     told: dict[str, Any] = {"target_modules": targets, "task_type": task}
     if set(method.frames) == {"B", "A"}:
         told |= {"basis_dtype": config.basis.dtype, "seed": config.seed}
+    if method.heads:
+        told["heads"] = adapter.head_count
     peft_config = method.config(adapter.rank, scale_of(config) * adapter.rank, told)
     linear = {name: (m.out_features, m.in_features) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     try:
@@ -87,8 +89,8 @@ def model_section(config: RunConfig) -> ModelSection:
 
 
 def give_basis(model: nn.Module, basis: Basis, config: RunConfig) -> None:
-    """Put what is frozen and shared in place: B and A of LoRA-SB, A of FFA-LoRA; nothing of LoRA, nor of MiSS, whose layer has A
-    built in. What is folded into the weights is not put there (`fold_into`).
+    """Put what is frozen and shared in place: B and A of LoRA-SB and RAVAN, A of FFA-LoRA; nothing of LoRA, nor of MiSS, whose
+    layer has A built in. What is folded into the weights is not put there (`fold_into`).
 
     Raises BasisError if it was not made for this method and these layers, before anything is changed.
     """
@@ -131,7 +133,7 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 def layout_of(model: nn.Module) -> Layout:
     """The layout of the model's state."""
-    return Layout(tuple((name, tuple(p.shape)) for name, p in parameters_of(model).items()))
+    return Layout(tuple((name, tuple(t.shape)) for name, t in told_of(model).items()))
 
 
 def start_state(layout: Layout, basis: Basis, config: RunConfig) -> State:

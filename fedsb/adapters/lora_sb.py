@@ -8,9 +8,9 @@ are the same for everybody, the mean of the B·R·A is B·(mean of R)·A. There 
 the update does not depend on one (theorem 5).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from peft import PeftConfig
@@ -20,6 +20,9 @@ from torch.nn import functional
 
 from fedsb.adapters.method import Method, Parts
 from fedsb.adapters.peft_type import FEDSB
+from fedsb.basis.frames import Basis
+from fedsb.basis.spectral import random_basis, weights_basis
+from fedsb.errors import AdapterError
 
 BASE = "__base__"  # PEFT's name, in adapter_names, for a row without an adapter
 
@@ -42,6 +45,8 @@ class LoraSbConfig(PeftConfig):
             `basis` and `seed` and refuses one of another fingerprint.
     """
 
+    kinds: ClassVar[dict[str, type["LoraSbConfig"]]] = {}  # method → the configuration of another core, of the same PEFT type
+
     method: str = "lora-sb"
     r: int = 64
     target_modules: list[str] | str | None = "all-linear"
@@ -61,6 +66,34 @@ class LoraSbConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list | tuple):
                 setattr(self, name, set(getattr(self, name)))
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.kinds[cls.method] = cls
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "LoraSbConfig":
+        """PEFT knows one configuration for our type; which of ours a file describes, `method` says.
+
+        Raises AdapterError for a method that this version does not have.
+        """
+        method = kwargs.get("method", cls.method)
+        if method == cls.method:
+            return super().__new__(cls)
+        if method not in cls.kinds:
+            raise AdapterError(f"this adapter is of the method {method!r}, which this version does not have; update fedsb")
+        return super().__new__(cls.kinds[method])
+
+    def core(self) -> nn.Module:
+        """A new core, zero: z (…, r) → (…, r)."""
+        core = nn.Linear(self.r, self.r, bias=False, dtype=torch.float32)
+        nn.init.zeros_(core.weight)
+        return core
+
+    def build(self, layers: Mapping[str, "LoraSbLinear"]) -> Basis:
+        """The basis that is asked for, fp32."""
+        if self.basis == "random":
+            return random_basis({n: (layer.out_features, layer.in_features) for n, layer in layers.items()}, self.r, self.seed)
+        return weights_basis({n: layer.get_base_layer() for n, layer in layers.items()}, self.r, self.seed)
 
 
 class Frames(nn.Module):
@@ -83,12 +116,13 @@ class Frames(nn.Module):
 
 
 class LoraSbLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
-    """One adapted linear layer. Cores are `nn.Linear(r, r, bias=False)`, since Opacus sees only modules."""
+    """One adapted linear layer. Cores are modules, since Opacus sees only those: `nn.Linear(r, r, bias=False)`, or another with
+    such a `weight`, `in_features` and forward pass (`LoraSbConfig.core`)."""
 
     adapter_layer_names = ("fedsb_core",)
     other_param_names = ("fedsb_basis",)
 
-    def __init__(self, base_layer: nn.Linear, adapter_name: str, r: int) -> None:
+    def __init__(self, base_layer: nn.Linear, adapter_name: str, core: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
@@ -96,13 +130,11 @@ class LoraSbLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.fedsb_basis = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        self.update_layer(adapter_name, r)
+        self.update_layer(adapter_name, core)
 
-    def update_layer(self, adapter_name: str, r: int) -> None:
-        """Add an adapter: a zero core, and zero frames until `set_frames`."""
-        weight = self.base_layer.weight
-        core = nn.Linear(r, r, bias=False, dtype=torch.float32)
-        nn.init.zeros_(core.weight)
+    def update_layer(self, adapter_name: str, core: nn.Module) -> None:
+        """Add an adapter with that core, and zero frames until `set_frames`."""
+        weight, r = self.base_layer.weight, int(core.in_features)  # type: ignore[arg-type]
         self.fedsb_core[adapter_name] = core
         self.fedsb_basis[adapter_name] = Frames(
             torch.zeros(self.out_features, r, device=weight.device),
@@ -131,16 +163,15 @@ class LoraSbLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         assert isinstance(frames, Frames)
         return frames
 
-    def core(self, adapter_name: str) -> nn.Linear:
+    def core(self, adapter_name: str) -> Any:
         """The core of one adapter."""
-        core = self.fedsb_core[adapter_name]
-        assert isinstance(core, nn.Linear)
-        return core
+        return self.fedsb_core[adapter_name]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """B·R·A (out, in) in fp32."""
-        frames = self.frames(adapter)
-        return frames.B.float() @ (self.core(adapter).weight.float() @ frames.A.float())
+        frames, core = self.frames(adapter), self.core(adapter)
+        delta: Tensor = frames.B.float() @ (core.weight.float() @ frames.A.float())
+        return delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add B·R·A to the base weight. Raises ValueError, and changes nothing, if `safe_merge` finds NaN or infinity."""
@@ -177,10 +208,10 @@ class LoraSbLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return y
 
     @staticmethod
-    def _add(x: Tensor, y: Tensor, frames: Frames, core: nn.Linear) -> Tensor:
+    def _add(x: Tensor, y: Tensor, frames: Frames, core: nn.Module) -> Tensor:
         dtype = torch.promote_types(x.dtype, frames.A.dtype)
         h = functional.linear(x.to(dtype), frames.A.to(dtype))  # (…, r)
-        h = core(h.to(core.weight.dtype)).to(dtype)  # the core is the fp32 master, whatever the model computes in
+        h = core(h.to(next(core.parameters()).dtype)).to(dtype)  # the core is the fp32 master, whatever the model computes in
         if dtype != y.dtype:
             return y + functional.linear(h, frames.B.to(dtype)).to(y.dtype)
         rows, h = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1])
@@ -223,4 +254,6 @@ def _chain(parts: Parts, b: Tensor | None, a: Tensor | None, scale: float) -> tu
 
 
 SAYS = "The sites share a frozen basis (B, A); each layer computes `y = W0 x + B R A x`, and only the r x r core R is trained."
-LORA_SB = Method(_config, {"core": ("r", "r")}, ("B", "A"), _chain, exact=True, says=SAYS)
+LORA_SB = Method(
+    _config, {"core": ("r", "r")}, ("B", "A"), _chain, exact=True, says=SAYS, native=lambda parts: {"weight": parts["core"]}
+)

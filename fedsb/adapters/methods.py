@@ -1,6 +1,7 @@
 """The table of methods: the names that configurations use, and what each is made of."""
 
 from fedsb.adapters.bone import BONE, BONE_ROW
+from fedsb.adapters.dylora import DYLORA
 from fedsb.adapters.fedex_lora import FEDEX_LORA
 from fedsb.adapters.ffa_lora import FFA_LORA
 from fedsb.adapters.flora_stacking import FLORA_STACKING
@@ -10,6 +11,7 @@ from fedsb.adapters.lora_sb import LORA_SB
 from fedsb.adapters.lora_xs import LORA_XS
 from fedsb.adapters.method import Method
 from fedsb.adapters.miss import MISS
+from fedsb.adapters.ravan import RAVAN
 
 METHODS: dict[str, Method] = {
     "lora-sb": LORA_SB,
@@ -22,4 +24,6 @@ METHODS: dict[str, Method] = {
     "miss": MISS,
     "bone": BONE,
     "bone-row": BONE_ROW,
+    "ravan": RAVAN,
+    "dylora": DYLORA,
 }

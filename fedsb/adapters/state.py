@@ -1,7 +1,7 @@
 """What a client trains and sends: named fp32 tensors in one canonical order, and the flat vector that travels.
 
 A name is `<layer>.<part>`, with the layer's path in the base model and a part of the method (`Method.parts`): `….q_proj.core`,
-`….q_proj.A`; or `head.<path>` for a trained head.
+`….q_proj.A`; or `head.<path>` for a trained head. RAVAN trains heads and scales apart and sends their products.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fedsb.adapters.bone import BoneLinear
 from fedsb.adapters.lora_sb import LoraSbLinear
+from fedsb.adapters.ravan import HEADS, SCALES, Heads
 from fedsb.errors import AdapterError
 
 State = dict[str, Tensor]
@@ -41,7 +42,11 @@ def parameters_of(model: nn.Module, adapter: str = "default") -> dict[str, nn.Pa
     for path, module in model.named_modules():
         path = path.removeprefix("base_model.model.")
         if isinstance(module, LoraSbLinear) and adapter in module.fedsb_core:
-            found[path + CORE] = module.core(adapter).weight  # type: ignore[assignment]
+            core = module.core(adapter)
+            if isinstance(core, Heads):
+                found |= {path + HEADS: core.heads, path + SCALES: core.scales}
+            else:
+                found[path + CORE] = core.weight
         elif isinstance(module, LoraLinear) and adapter in module.lora_A:
             factors: dict[str, Any] = {"A": module.lora_A[adapter].weight, "B": module.lora_B[adapter].weight}
             found |= {f"{path}.{part}": factor for part, factor in factors.items() if factor.requires_grad}
@@ -55,28 +60,35 @@ def parameters_of(model: nn.Module, adapter: str = "default") -> dict[str, nn.Pa
     return found
 
 
+def told_of(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
+    """Name → tensor of the state, in the model's order: what is trained, but of RAVAN the products of heads and scales."""
+    found: dict[str, Tensor] = {name: p.detach() for name, p in parameters_of(model, adapter).items()}
+    for name in [name for name in found if name.endswith(SCALES) and not name.startswith(HEAD)]:
+        heads = name.removesuffix(SCALES) + HEADS
+        found[heads] = found.pop(name)[:, None, None] * found[heads]
+    return found
+
+
 def get_state(model: nn.Module, adapter: str = "default") -> State:
-    """A copy of the trained tensors, fp32 on the CPU."""
-    return {
-        name: p.detach().to("cpu", torch.float32, copy=True).contiguous() for name, p in parameters_of(model, adapter).items()
-    }
+    """A copy of what is told, fp32 on the CPU."""
+    return {name: t.to("cpu", torch.float32, copy=True).contiguous() for name, t in told_of(model, adapter).items()}
 
 
 def set_state(model: nn.Module, state: Mapping[str, Tensor], adapter: str = "default") -> None:
     """Put tensors in place. Raises AdapterError if names or shapes are not the model's, before anything is changed."""
-    parameters = parameters_of(model, adapter)
-    if parameters.keys() != state.keys():
-        odd = sorted(parameters.keys() ^ state.keys())[0]
+    told = told_of(model, adapter)
+    if told.keys() != state.keys():
+        odd = sorted(told.keys() ^ state.keys())[0]
         raise AdapterError(f"{odd} is in only one of model and adapter; use an adapter that was trained on this model")
-    for name, parameter in parameters.items():
-        if parameter.shape != state[name].shape:
+    for name, tensor in told.items():
+        if tensor.shape != state[name].shape:
             raise AdapterError(
-                f"{name} has shape {tuple(state[name].shape)} where the model has {tuple(parameter.shape)}; "
+                f"{name} has shape {tuple(state[name].shape)} where the model has {tuple(tensor.shape)}; "
                 "use an adapter of the same rank and model"
             )
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(state[name])
+        for name, parameter in parameters_of(model, adapter).items():
+            parameter.copy_(state[name] if name in state else torch.ones_like(parameter))  # scales are in the heads already
 
 
 @dataclass(frozen=True)

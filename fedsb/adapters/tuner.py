@@ -12,11 +12,12 @@ from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 
 from fedsb.adapters.lora_sb import BASE, LoraSbConfig, LoraSbLinear
+from fedsb.adapters.ravan import Heads, RavanConfig
 from fedsb.basis.frames import DTYPES, Basis, fingerprint_of
-from fedsb.basis.spectral import check_rank, random_basis, weights_basis
+from fedsb.basis.spectral import check_rank
 from fedsb.errors import AdapterError, BasisError
 
-__all__ = ["LoraSbConfig", "LoraSbModel", "adapted_layers", "basis_of", "set_basis"]
+__all__ = ["LoraSbConfig", "LoraSbModel", "RavanConfig", "adapted_layers", "basis_of", "set_basis"]
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoraSbLinear]:
@@ -29,7 +30,7 @@ def adapted_layers(model: nn.Module) -> dict[str, LoraSbLinear]:
 
 
 def set_basis(model: nn.Module, basis: Basis, adapter: str = "default") -> None:
-    """Give every adapted layer its frames, and its core R0.
+    """Give every adapted layer its frames, and its core R0, or zero.
 
     Raises BasisError if the layers, shapes or rank of `basis` are not those of the model, before anything is changed.
     """
@@ -44,25 +45,34 @@ def set_basis(model: nn.Module, basis: Basis, adapter: str = "default") -> None:
     for name, layer in layers.items():
         layer.set_frames(adapter, basis.B[name], basis.A[name])
         with torch.no_grad():
-            layer.core(adapter).weight.copy_(basis.R0[name])
+            _start(layer.core(adapter), basis.R0.get(name))
     for config in [c for c in [getattr(model, "peft_config", {}).get(adapter)] if c is not None]:
         config.basis_fingerprint = basis.fingerprint
 
 
 def basis_of(model: nn.Module, adapter: str = "default") -> Basis:
-    """The basis of one adapter, in the dtype of its configuration; R0 is zero."""
+    """The basis of one adapter, in the dtype of its configuration, without R0."""
     config: LoraSbConfig = model.peft_config[adapter]  # type: ignore[union-attr,index,assignment]
     dtype = DTYPES[config.basis_dtype]
     layers = {name: layer for name, layer in adapted_layers(model).items() if adapter in layer.fedsb_core}
     return Basis(
         {name: layer.frames(adapter).B.to(dtype) for name, layer in layers.items()},
         {name: layer.frames(adapter).A.to(dtype) for name, layer in layers.items()},
-        {name: torch.zeros(config.r, config.r) for name in layers},
+        {},
     )
 
 
+def _start(core: nn.Linear | Heads, r0: Tensor | None) -> None:
+    if isinstance(core, Heads):
+        core.start()
+    elif r0 is None:
+        core.weight.zero_()
+    else:
+        core.weight.copy_(r0)
+
+
 class LoraSbModel(BaseTuner):
-    """A transformers model whose target layers are `LoraSbLinear`."""
+    """A transformers model whose target layers are `LoraSbLinear`, for LoRA-SB and RAVAN."""
 
     prefix = "fedsb_"
     tuner_layer_cls = LoraSbLinear
@@ -79,14 +89,14 @@ class LoraSbModel(BaseTuner):
         **_: Any,
     ) -> None:
         if isinstance(target, LoraSbLinear):
-            target.update_layer(adapter_name, peft_config.r)
+            target.update_layer(adapter_name, peft_config.core())
             return
         if not isinstance(target, nn.Linear):
             raise AdapterError(
-                f"layer {current_key} is a {type(target).__name__}, and LoRA-SB adapts torch.nn.Linear only; "
+                f"layer {current_key} is a {type(target).__name__}, and {peft_config.method} adapts torch.nn.Linear only; "
                 "leave it out of target_modules"
             )
-        layer = LoraSbLinear(target, adapter_name, peft_config.r)
+        layer = LoraSbLinear(target, adapter_name, peft_config.core())
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -170,8 +180,7 @@ class LoraSbModel(BaseTuner):
             whole = a.keys() == b.keys()
             if not whole or config.basis_fingerprint not in (None, fingerprint_of(b, a)):
                 raise BasisError("the basis in this file is not the one its core was trained on; fetch the file again")
-            zero = {name: torch.zeros(config.r, config.r) for name in b}
-            set_basis(model, Basis(b, a, zero), adapter_name)
+            set_basis(model, Basis(b, a, {}), adapter_name)
         elif config.basis_fingerprint is not None:
             if config.basis == "later":
                 raise BasisError("this file holds no basis, and none can be rebuilt; save the adapter with save_basis=True")
@@ -188,11 +197,7 @@ def _with_adapter_names(names: Sequence[str], module: nn.Module, args: Any, kwar
 def _build(model: nn.Module, config: LoraSbConfig, adapter: str) -> None:
     """Build the basis that `config` describes and hold it against the fingerprint, if there is one."""
     layers = {name: layer for name, layer in adapted_layers(model).items() if adapter in layer.fedsb_core}
-    if config.basis == "random":
-        basis = random_basis({n: (layer.out_features, layer.in_features) for n, layer in layers.items()}, config.r, config.seed)
-    else:
-        basis = weights_basis({n: layer.get_base_layer() for n, layer in layers.items()}, config.r, config.seed)
-    basis = basis.to(DTYPES[config.basis_dtype])
+    basis = config.build(layers).to(DTYPES[config.basis_dtype])
     if config.basis_fingerprint not in (None, basis.fingerprint):
         raise BasisError(
             f'the basis rebuilt here from basis = "{config.basis}" and seed = {config.seed} is not the one this core was '

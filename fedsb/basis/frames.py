@@ -59,7 +59,8 @@ class Basis:
     Attributes:
         B: (out, r), fp32 or bf16; of LoRA-SB with orthonormal columns.
         A: (r, in), same dtype; of LoRA-SB with orthonormal rows.
-        R0: (r, r) fp32, the core before the first round; zeros, or diag(S) as in LoRA-SB (arXiv 2411.19557, section 3).
+        R0: (r, r) fp32, the core before the first round; diag(S) as in LoRA-SB (arXiv 2411.19557, section 3), zeros, or none at
+            all, which is zero too.
         folds: what is added to W0, as factors.
     """
 
@@ -69,14 +70,14 @@ class Basis:
     folds: tuple[Fold, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.B.keys() != self.R0.keys() or (self.B and self.A.keys() != self.B.keys()):
+        if (self.R0 and self.B.keys() != self.R0.keys()) or (self.B and self.A.keys() != self.B.keys()):
             raise BasisError("a basis needs B, A and R0 for the same layers, or has no B and R0 at all; rebuild it")
         for name, b in self.B.items():
-            a, r0 = self.A[name], self.R0[name]
-            if b.ndim != 2 or a.ndim != 2 or b.shape[1] != a.shape[0] or r0.shape != (a.shape[0], a.shape[0]):
+            a, square = self.A[name], (b.shape[-1], b.shape[-1])
+            r0 = tuple(self.R0[name].shape) if self.R0 else square
+            if b.ndim != 2 or a.ndim != 2 or b.shape[1] != a.shape[0] or r0 != square:
                 raise BasisError(
-                    f"layer {name}: B {tuple(b.shape)}, A {tuple(a.shape)} and R0 {tuple(r0.shape)} do not fit together; "
-                    "rebuild the basis"
+                    f"layer {name}: B {tuple(b.shape)}, A {tuple(a.shape)} and R0 {r0} do not fit together; rebuild the basis"
                 )
 
     @cached_property

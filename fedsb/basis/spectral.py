@@ -58,6 +58,28 @@ def random_basis(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) ->
     )
 
 
+def heads_basis(shapes: Mapping[str, tuple[int, int]], rank: int, heads: int, seed: int) -> Basis:
+    """The frames of `heads` heads of rank r side by side, from a seed: B (out, h·r), A (h·r, in), R0 left out.
+
+    Orthonormal over all heads together where a side of a layer has room for them, so that no two heads move the same
+    directions (RAVAN, arXiv 2506.05568: Gram-Schmidt); else each normal with the variance that gives columns a length of about 1.
+    """
+    check_rank(shapes, rank)
+
+    def frame(size: int, generator: torch.Generator) -> Tensor:
+        if heads * rank <= size:
+            return random_orthonormal(size, heads * rank, generator)
+        gaussian = torch.randn(size, heads * rank, dtype=torch.float64, generator=generator)
+        scaled: Tensor = gaussian / size**0.5
+        return scaled.to(torch.float32)
+
+    return Basis(
+        {name: frame(out, seeded(seed, "basis", name, "B")) for name, (out, _) in shapes.items()},
+        {name: frame(in_, seeded(seed, "basis", name, "A")).T.contiguous() for name, (_, in_) in shapes.items()},
+        {},
+    )
+
+
 def leading_frames(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Leading singular triplets of a matrix (out, in): B (out, r), S (r,), A (r, in), all fp32.
 

@@ -36,7 +36,11 @@ def export(
     ] = Format.lora,
     rank: Annotated[
         int | None,
-        typer.Option(min=1, help="rank to which updates are truncated that are no LoRA (bone); twice their own by default"),
+        typer.Option(
+            min=1,
+            help="rank of the plain LoRA: a smaller one, where the method has those (dylora), or that to which updates are cut "
+            "that are no LoRA (bone; twice their own by default)",
+        ),
     ] = None,
 ) -> None:
     """Write personal adapters of a run as folders: plain LoRA for PEFT and vLLM, or our own format."""

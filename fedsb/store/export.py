@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fedsb.adapters.method import Chain
 from fedsb.adapters.methods import METHODS
 from fedsb.basis.frames import Basis, beside
 from fedsb.errors import BasisError, StoreError
@@ -53,23 +54,23 @@ def export_lora(
     fits the original model: its rank is then r and those of the folds together, and at most the smaller side of the layer. Layers
     of a smaller rank are filled up with zeros. Stored in `dtype`.
 
-    `modules`: see `target_modules`. A method without a chain needs `weights` (layer → W0) and is truncated to `rank`
-    (`truncated`); manifest and card say what is lost. Raises BasisError (not the adapter's basis or weights), StoreError (`out`
-    is something else, or a rank that makes no sense) and DiskError; then whatever was at `out` is as before.
+    `modules`: see `target_modules`. `rank`: a smaller one, which the method must have (`Method.nested`). A method without a chain
+    needs `weights` (layer → W0) and is truncated to `rank` (`truncated`); manifest and card say what is lost. Raises BasisError
+    (not the adapter's basis or weights), StoreError (`out` is something else, or there is no such rank) and DiskError; then
+    whatever was at `out` is as before.
     """
     _check(stored, basis)
     method, scale = METHODS[stored.manifest.method], stored.manifest.scale
     loras: dict[str, tuple[Tensor, Tensor]] = {}
     lost: float | None = None
-    if method.chain is None:
+    chain = method.chain if rank is None or method.chain is None else _cut(stored, rank)
+    if chain is None:
         loras, lost = truncated(stored, weights or {}, rank, dtype)
-    elif rank is not None:
-        raise StoreError(f"{stored.manifest.method} is exported whole, at its own rank; leave --rank out")
     else:
         for layer, parts in stored.layers.items():
             wide = {part: tensor.double() for part, tensor in parts.items()}
             b, a = (side[layer].double() if layer in side else None for side in (basis.B, basis.A))
-            *before, last = method.chain(wide, b, a, scale)
+            *before, last = chain(wide, b, a, scale)
             folds = [fold[layer] for fold in basis.folds if layer in fold]
             loras[layer] = beside([(functools.reduce(torch.matmul, before), last), *folds])
     most = max(right.shape[0] for _, right in loras.values())
@@ -81,17 +82,29 @@ def export_lora(
     return _write(out, stored, lora_config(stored, modules, most), tensors | _head(stored), lost)
 
 
+def _cut(stored: StoredAdapter, rank: int) -> Chain:
+    method, most = stored.manifest.method, stored.manifest.rank
+    nested = METHODS[method].nested
+    if nested is None:
+        able = [name for name, other in METHODS.items() if other.nested]
+        raise StoreError(f"{method} has no smaller ranks, as {', '.join(able)} has; leave --rank out")
+    if not 1 <= rank <= most:
+        raise StoreError(f"--rank {rank}: the adapter of {stored.manifest.client} has the ranks 1 to {most}; name one of these")
+    return lambda parts, b, a, scale: nested(parts, b, a, scale, rank)
+
+
 def export_core(stored: StoredAdapter, basis: Basis, out: Path, modules: Collection[str] = ()) -> Path:
-    """Write our own format: core (r, r) fp32, A (r, in) and B (out, r) in the basis' dtype.
+    """Write our own format: core (r, r) fp32, or RAVAN's heads; A (r, in) and B (out, r) in the basis' dtype.
 
     Raises as `export_lora`, and StoreError for a method without cores.
     """
     _check(stored, basis)
-    if METHODS[stored.manifest.method].frames != ("B", "A"):
+    native = METHODS[stored.manifest.method].native
+    if native is None:
         raise StoreError(f"{stored.manifest.method} has no cores, and so no format of ours; use --format lora")
     tensors: dict[str, Tensor] = {}
     for layer, parts in stored.layers.items():
-        tensors[f"{PREFIX}{layer}.fedsb_core.weight"] = parts["core"]
+        tensors |= {f"{PREFIX}{layer}.fedsb_core.{name}": tensor for name, tensor in native(parts).items()}
         tensors[f"{PREFIX}{layer}.fedsb_A"] = basis.A[layer]
         tensors[f"{PREFIX}{layer}.fedsb_B"] = basis.B[layer]
     return _write(out, stored, core_config(stored, modules), tensors | _head(stored))
@@ -99,7 +112,7 @@ def export_core(stored: StoredAdapter, basis: Basis, out: Path, modules: Collect
 
 def lora_config(stored: StoredAdapter, modules: Collection[str], rank: int) -> dict[str, Any]:
     """`adapter_config.json` of the plain LoRA of some rank. lora_alpha = r, so that PEFT scales by 1."""
-    return _common(stored, rank, modules) | {
+    return _common(stored, modules) | {
         "alpha_pattern": {},
         "bias": "none",
         "fan_in_fan_out": False,
@@ -116,19 +129,30 @@ def lora_config(stored: StoredAdapter, modules: Collection[str], rank: int) -> d
 
 def core_config(stored: StoredAdapter, modules: Collection[str] = ()) -> dict[str, Any]:
     """`adapter_config.json` of our own format, whose peft_type an unmodified PEFT refuses."""
-    return _common(stored, stored.manifest.rank, modules) | {
+    heads = {"heads": _width(stored) // stored.manifest.rank} if METHODS[stored.manifest.method].heads else {}
+    return _common(stored, modules) | {
         "basis_fingerprint": stored.manifest.basis_fingerprint,
         "method": stored.manifest.method,
         "peft_type": "FEDSB",
+        **heads,
     }
 
 
-def _common(stored: StoredAdapter, rank: int, modules: Collection[str]) -> dict[str, Any]:
+def _width(stored: StoredAdapter) -> int:
+    """The rank of the update, without what is folded into the weights."""
+    return max(_widths(stored))
+
+
+def _widths(stored: StoredAdapter) -> set[int]:
+    return {METHODS[stored.manifest.method].width(parts, stored.manifest.rank) for parts in stored.layers.values()}
+
+
+def _common(stored: StoredAdapter, modules: Collection[str]) -> dict[str, Any]:
     return {
         "base_model_name_or_path": stored.manifest.base_model.name,
         "inference_mode": True,
         "modules_to_save": modules_to_save(stored.head) or None,
-        "r": rank,
+        "r": stored.manifest.rank,
         "target_modules": target_modules(stored.layers, modules),
         "task_type": "SEQ_CLS" if stored.head else "CAUSAL_LM",
     }
@@ -181,9 +205,9 @@ def _check(stored: StoredAdapter, basis: Basis) -> None:
             "load the basis of its own run"
         )
     framed = bool(METHODS[stored.manifest.method].frames)
-    if framed and (stored.layers.keys() != basis.A.keys() or stored.manifest.rank != basis.rank):
+    if framed and (stored.layers.keys() != basis.A.keys() or _widths(stored) != {basis.rank}):
         raise BasisError(
-            f"the adapter of {stored.manifest.client} ({len(stored.layers)} layers, rank {stored.manifest.rank}) lacks "
+            f"the adapter of {stored.manifest.client} ({len(stored.layers)} layers, rank {_width(stored)}) lacks "
             f"the layers or the rank of its basis ({len(basis.A)} layers, rank {basis.rank}); publish the adapter anew"
         )
 
@@ -223,6 +247,7 @@ def _card(stored: StoredAdapter, config: Mapping[str, Any], lost: float | None) 
     method = METHODS[manifest.method]
     basis = f"| basis fingerprint | `{manifest.basis_fingerprint}` |\n" if method.frames else ""
     cut = "" if lost is None else f"| truncated | to rank {config['r']}: {lost:.2%} of the update's norm is lost |\n"
+    whole = "" if config["r"] == manifest.rank else f", here as a LoRA of rank {config['r']}"
     privacy = "none" if manifest.epsilon is None else f"ε = {manifest.epsilon:g} spent by this client"
     return f"""---
 base_model: {json.dumps(manifest.base_model.name)}
@@ -235,7 +260,7 @@ tags: [fedsb, {manifest.method}, {str(config["peft_type"]).lower()}]
 | | |
 |---|---|
 | base model | `{manifest.base_model.name}` (SHA-256 `{manifest.base_model.sha256}`) |
-| method | {manifest.method}, rank {manifest.rank}{_exported_rank(stored, config)} |
+| method | {manifest.method}, rank {manifest.rank}{whole} |
 | adapted layers | {len(stored.layers)} |
 | trained numbers | {trained:,} |
 | task | {manifest.task} |
@@ -247,10 +272,6 @@ Trained with FedSB. {method.says} The server averaged what they sent in each of 
 this client went on from the last average on its own data. The files' SHA-256 are in `manifest.json`.
 
 {_how_to_load(stored, config)}"""
-
-
-def _exported_rank(stored: StoredAdapter, config: Mapping[str, Any]) -> str:
-    return "" if config["r"] == stored.manifest.rank else f"; as a plain LoRA of the original base model {config['r']}"
 
 
 def _how_to_load(stored: StoredAdapter, config: Mapping[str, Any]) -> str:

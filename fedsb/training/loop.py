@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedsb.adapters.method import Around, wholly
 from fedsb.adapters.methods import METHODS
 from fedsb.adapters.state import HEAD
 from fedsb.config import RunConfig
@@ -58,12 +59,13 @@ def learning_rate(config: RunConfig) -> float:
 
     AdamW moves every entry of a core by about the learning rate, so ‖B·ΔR·A‖ = ‖ΔR‖ by learning rate times r a step,
     whatever the layer's size: that is what is kept the same. A basis from gradients points at what the loss is steepest
-    in, and takes half.
+    in, and takes half. RAVAN's h heads have h·r² numbers, and so the rate of a core of rank r·√h; untuned.
     """
-    chosen, method = config.train.learning_rate, METHODS[config.adapter.method]
+    chosen, adapter = config.train.learning_rate, config.adapter
     if chosen != "auto":
         return chosen
-    return method.rate or STEP_SIZE[config.basis.source] / max(config.adapter.rank, LOWEST_RANK)
+    rank = adapter.rank * math.sqrt(adapter.head_count)
+    return METHODS[adapter.method].rate or STEP_SIZE[config.basis.source] / max(rank, LOWEST_RANK)
 
 
 def round_plan(config: RunConfig, server_round: int) -> Plan:
@@ -129,12 +131,14 @@ def train(
     pad_id: int,
     seed: int,
     client: str,
+    around: Around = wholly,
 ) -> float:
     """Take the plan's AdamW steps on `parameters` in place and return the mean training loss (nats).
 
     Args:
         model: the transformers model (not the PEFT wrapper) that holds the parameters.
         rows: the client's training examples; which of them a step takes is drawn from (seed, client, step).
+        around: what is open around a step (`Method.around`).
     """
     loss_of, device = loss_function(kind), next(iter(parameters.values())).device
     optimiser = optimiser_of(parameters, plan)
@@ -148,12 +152,13 @@ def train(
             group["lr"] = group["base"] * plan.factor(step)
         optimiser.zero_grad(set_to_none=True)
         total = torch.zeros((), device=device)
-        for start in range(0, len(drawn), plan.microbatch):
-            part = drawn[start : start + plan.microbatch]
-            loss = loss_of(model, collate(part, pad_id, kind).to(device)) * (len(part) / len(drawn))
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        optimiser.step()
+        with around(step):
+            for start in range(0, len(drawn), plan.microbatch):
+                part = drawn[start : start + plan.microbatch]
+                loss = loss_of(model, collate(part, pad_id, kind).to(device)) * (len(part) / len(drawn))
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
+            optimiser.step()
         losses.append(total)
     model.eval()
     return float(torch.stack(losses).mean()) if losses else float("nan")

@@ -20,6 +20,7 @@ import torch
 from opacus.grad_sample import GradSampleHooks
 from torch import Tensor, nn
 
+from fedsb.adapters.method import Around, wholly
 from fedsb.adapters.state import HEAD
 from fedsb.data.batches import Encoded, Kind, collate
 from fedsb.errors import PrivacyError
@@ -42,6 +43,7 @@ def train_private(
     *,
     kind: Kind,
     pad_id: int,
+    around: Around = wholly,
 ) -> None:
     """Take the plan's steps on `parameters` in place. Returns nothing: a training loss would be about private records.
 
@@ -49,7 +51,7 @@ def train_private(
         - what `parameters` hold afterwards is (ε, δ)-private with regard to adding or removing one of `rows`, for every ε, δ
           of `accounting.epsilon([Release(noise_multiplier, sample_rate, plan.count)], δ)`, given what they held before.
         - which records take part, dropout and the noise come from `stream` alone, and not from the run's seed, which others know.
-        - the number of `rows` is public: rate, noise and divisor follow from it.
+        - the number of `rows` is public: rate, noise and divisor follow from it; so is what a step trains (`around`).
         - the divisor is the expected number of records q·n and not the drawn one, which would be private.
 
     | case | result |
@@ -75,15 +77,18 @@ def train_private(
             drawn = [rows[i] for i in stream.poisson_sample(len(rows), mechanism.sample_rate)]
             drawn.sort(key=len)
             sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
-            for start in range(0, len(drawn), plan.microbatch):
-                part = drawn[start : start + plan.microbatch]
-                loss = loss_of(model, collate(part, pad_id, kind).to(device)) * len(part)  # the sum over its records
-                loss.backward()  # type: ignore[no-untyped-call]
-                add_clipped(sums, parameters, mechanism.clip_norm, len(part))
-            put_gradient(parameters, sums, mechanism, stream, expected)
             for group in optimiser.param_groups:
                 group["lr"] = group["base"] * plan.factor(step)
-            optimiser.step()
+            with around(step) as masks:
+                for start in range(0, len(drawn), plan.microbatch):
+                    part = drawn[start : start + plan.microbatch]
+                    loss = loss_of(model, collate(part, pad_id, kind).to(device)) * len(part)  # the sum over its records
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    for parameter, mask in masks:
+                        parameter.grad_sample *= mask  # type: ignore[attr-defined]  # what does not learn is not clipped along
+                    add_clipped(sums, parameters, mechanism.clip_norm, len(part))
+                put_gradient(parameters, sums, mechanism, stream, expected)
+                optimiser.step()
     model.eval()
 
 

@@ -14,7 +14,7 @@ from fedsb.adapters.state import layers_of, set_state
 from fedsb.basis.frames import DTYPES, Basis
 from fedsb.basis.gradient import gradient_basis
 from fedsb.basis.sketch import SketchPlan
-from fedsb.basis.spectral import random_basis, seeded, weights_basis
+from fedsb.basis.spectral import heads_basis, random_basis, seeded, weights_basis
 from fedsb.config import RunConfig
 from fedsb.data.batches import Batch, collate, encode
 from fedsb.data.sites import public_examples
@@ -43,8 +43,8 @@ def needs_weights(config: RunConfig) -> bool:
 
 
 def build_basis(config: RunConfig, model: Any, tokenizer: Any, device: torch.device) -> Basis:
-    """Build what is frozen and shared, in the dtype in which it is kept and sent: the basis of LoRA-SB, A of FFA-LoRA and MiSS,
-    nothing of LoRA, what LoRA-GA takes from the weights. A basis from sketches is not built alone (`server/sketching.py`).
+    """Build what is frozen and shared, in the dtype in which it is kept and sent: the basis of LoRA-SB and RAVAN, A of FFA-LoRA
+    and MiSS, nothing of LoRA, what LoRA-GA takes from W0. A basis from sketches is not built alone (`server/sketching.py`).
 
     Args:
         config: the run.
@@ -67,6 +67,8 @@ def build_basis(config: RunConfig, model: Any, tokenizer: Any, device: torch.dev
             for name, (_, in_) in shapes.items()
         }
         basis = Basis({}, a, {})
+    elif method.heads:
+        basis = heads_basis(shapes, rank, config.adapter.head_count, config.seed)
     elif section.source == "random":
         basis = random_basis(shapes, rank, config.seed)
     else:

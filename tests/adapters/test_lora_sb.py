@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedsb.adapters.lora_sb import LoraSbLinear
+from fedsb.adapters.lora_sb import LoraSbConfig, LoraSbLinear
 from fedsb.adapters.methods import METHODS
 from fedsb.adapters.state import get_state, parameters_of
 from fedsb.adapters.tuner import adapted_layers, basis_of, set_basis
@@ -15,7 +15,8 @@ from fedsb.errors import AdapterError, BasisError
 from tests.adapters.samples import RANK, adapted, also, bert, gpt2, llama, snapshot, tokens
 from tests.reference import adapted_linear, with_updates
 
-TYPES = {"lora-sb": "FEDSB", "lora": "LORA", "ffa-lora": "LORA", "miss": "MISS", "bone": "FEDSB_BONE", "bone-row": "FEDSB_BONE"}
+OURS = {"lora-sb": "FEDSB", "lora-xs": "FEDSB", "ravan": "FEDSB", "bone": "FEDSB_BONE", "bone-row": "FEDSB_BONE"}
+TYPES = {name: "LORA" for name in METHODS} | OURS | {"miss": "MISS"}
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
@@ -23,7 +24,7 @@ def _layer(weights: torch.dtype, frames: torch.dtype, bias: bool = False) -> Lor
     draw = torch.Generator().manual_seed(3)
     base = nn.Linear(12, 20, bias=bias).to(weights).requires_grad_(False)
     base.weight.copy_(torch.randn(20, 12, generator=draw))
-    layer = LoraSbLinear(base, "default", RANK)
+    layer = LoraSbLinear(base, "default", LoraSbConfig(r=RANK).core())
     basis = random_basis({"l": (20, 12)}, RANK, 0).to(frames)
     layer.set_frames("default", basis.B["l"], basis.A["l"])
     with torch.no_grad():
@@ -168,7 +169,7 @@ def test_how_a_basis_lies_in_memory_changes_no_bit() -> None:
     basis = random_basis({"l": (72, 40)}, 8, 0)
     results = []
     for b in (basis.B["l"].contiguous(), basis.B["l"].T.contiguous().T):
-        layer = LoraSbLinear(base, "default", 8)
+        layer = LoraSbLinear(base, "default", LoraSbConfig(r=8).core())
         layer.set_frames("default", b, basis.A["l"].T.contiguous().T if results else basis.A["l"])
         with torch.no_grad():
             layer.core("default").weight.fill_(0.3)
@@ -292,7 +293,7 @@ def test_the_table_of_methods_builds_what_it_says() -> None:
         assert config.peft_type.value == TYPES[name]
         assert set(method.frames) <= {"B", "A"} and method.parts
         assert (method.chain is None) != (method.dense is None)
-        sizes = {"out": 7, "in": 9, "r": RANK, "out/r": 3, "in/r": 5}
+        sizes = {"out": 7, "in": 9, "r": RANK, "out/r": 3, "in/r": 5, "h": 3}
         for part, letters in method.parts.items():
             shape = tuple(sizes[letter] for letter in letters)
             assert method.fits(part, shape, RANK) and not method.fits(part, shape, RANK + 1)

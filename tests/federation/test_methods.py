@@ -237,6 +237,17 @@ def test_an_unmodified_peft_reads_the_export(method: str, bert: str, labels: str
     assert METHODS[method].says in card and ("basis fingerprint" in card) == bool(METHODS[method].frames)
 
 
+@pytest.mark.parametrize("method", ["lora-sb", "ravan"])
+def test_our_peft_type_reads_the_format_of_ours(method: str, llama: str, words: str, tmp_path: Path) -> None:
+    run = config(llama, words, method, federation={"rounds": 1})
+    federate(run, tmp_path)
+    stored = adapters.load(tmp_path / "adapters", "client-0")
+    folder = export_core(stored, load_basis(tmp_path, stored.manifest.basis_fingerprint), tmp_path / "out")
+    loaded = PeftModel.from_pretrained(load_model(locate(run.model.source), run.model, None, device_of("cpu")), folder)
+    torch.testing.assert_close(loaded(input_ids=TOKENS).logits, opened(run, stored.state).model(input_ids=TOKENS).logits)
+    assert equal(get_state(loaded), stored.state)
+
+
 @FAMILY
 def test_no_format_of_ours_without_cores(method: str, llama: str, words: str, tmp_path: Path) -> None:
     run = config(llama, words, method, federation={"rounds": 1})
@@ -270,7 +281,7 @@ def test_half_as_much_travels_with_a_frozen_and_shared_a(llama: str, words: str,
     assert not any(torch.equal(one[name], other[name]) for name in one), "A follows from the seed"
 
 
-@FAMILY
+@pytest.mark.parametrize("method", ["lora", "ffa-lora", "ravan"])
 def test_private_by_record_and_by_client_and_under_a_secure_sum(method: str, bert: str, labels: str, tmp_path: Path) -> None:
     units = [unit for unit, refused in (("record", NO_RECORDS), ("client", FOLDING)) if method not in refused]
     for unit in units:
@@ -328,13 +339,13 @@ def test_a_state_of_another_method_is_refused(llama: str, words: str, tmp_path: 
         opened(config(llama, words, "ffa-lora"), stored.state)
 
 
-@FAMILY
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"lora-sb"}))
 def test_what_it_has_no_use_for_is_refused_by_name(method: str, llama: str, words: str) -> None:
     with pytest.raises(ConfigError, match=f'adapter.method = "{method}" has no basis for basis.source = "weights"'):
         config(llama, words, method, basis={"source": "weights"})
 
 
-@pytest.mark.parametrize("method", METHODS.keys() - SCALED)
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - SCALED))
 def test_a_scale_of_what_has_none_is_refused(method: str, llama: str, words: str) -> None:
     with pytest.raises(ConfigError, match=f'"{method}" has no scale'):
         config(llama, words, method, adapter={"method": method, "alpha": 8.0})
@@ -349,6 +360,12 @@ def test_privacy_by_record_is_refused_where_records_have_no_gradients(method: st
     blind = Session(run.model_copy(update={"adapter": run.adapter.model_copy(update={"method": method})}))
     with pytest.raises(PrivacyError, match="no gradients of single records"):
         check_gradients(blind.transformer, blind.parameters, "causal", 0)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"ravan"}))
+def test_heads_of_what_has_none_are_refused(method: str, llama: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=f'adapter.heads are those of ravan, and adapter.method = "{method}" has none'):
+        config(llama, words, method, adapter={"method": method, "heads": 4})
 
 
 def test_what_a_model_is_told_first_leaves_torchs_own_chance_alone(llama: str, words: str) -> None:
