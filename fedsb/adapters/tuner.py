@@ -12,12 +12,13 @@ from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 
 from fedsb.adapters.lora_sb import BASE, LoraSbConfig, LoraSbLinear
+from fedsb.adapters.lora_xs import LoraXsConfig
 from fedsb.adapters.ravan import Heads, RavanConfig
 from fedsb.basis.frames import DTYPES, Basis, fingerprint_of
 from fedsb.basis.spectral import check_rank
 from fedsb.errors import AdapterError, BasisError
 
-__all__ = ["LoraSbConfig", "LoraSbModel", "RavanConfig", "adapted_layers", "basis_of", "set_basis"]
+__all__ = ["LoraSbConfig", "LoraSbModel", "LoraXsConfig", "RavanConfig", "adapted_layers", "basis_of", "set_basis"]
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoraSbLinear]:
@@ -205,6 +206,9 @@ def _build(model: nn.Module, config: LoraSbConfig, adapter: str) -> None:
         )
     for name, layer in layers.items():
         layer.set_frames(adapter, basis.B[name], basis.A[name])
+        if name in basis.R0:
+            with torch.no_grad():
+                layer.core(adapter).weight.copy_(basis.R0[name])
     config.basis_fingerprint = basis.fingerprint
 
 
