@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from fedsb.adapters.lora_xs import LoraXsConfig
+from fedsb import LoraXsConfig
 from fedsb.adapters.state import layers_of
 from tests.adapters.samples import RANK, llama, tokens
 
