@@ -202,7 +202,9 @@ def _mean_over_tokens(model: Any, batch: Batch) -> Tensor:
     return functional.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
 
 
-def _add_unclipped(sums: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], clip_norm: float, records: int) -> None:
+def _add_unclipped(
+    sums: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], clip_norm: float, records: int, head_clip_norm: float
+) -> None:
     ADD_CLIPPED(sums, parameters, 1e30, records)
 
 

@@ -35,7 +35,7 @@ PUBLIC, HELD_OUT = 320, 800  # rows of a train file
 TUNING_SEED = 100
 RANK, PEER_RANK = 32, 8  # 36,864 or so numbers without the head, and 0.33 M (LoRA) or 0.18 M (FFA-LoRA)
 SIZES = {3: {"batch": 192, "sketched": 256}, 20: {"batch": 32, "sketched": 64}}  # per client
-CLIP = 0.25  # a record's gradient at the start: head 1.2 to 1.7, the rest 0.16 to 0.27, whatever the method
+CLIP, HEAD_CLIP = 0.25, 2.0  # a record's gradient at the start: the head 1.2 to 1.7, the rest 0.16 to 0.27, whatever the method
 RATES = {
     "sb-weights": (2e-3, 7e-3, 2e-2),
     "sb-public": (2e-3, 7e-3, 2e-2),
@@ -158,7 +158,7 @@ def config_of(cell: Cell, options: argparse.Namespace) -> RunConfig:
         basis |= {"public": {"name": cell.task, "source": f"jsonl:{folder / 'public'}"}, "examples": PUBLIC}
     if cell.method == "sb-sketch":
         basis |= {"examples": sizes["sketched"]}
-    private = {"unit": "record", "epsilon": cell.epsilon, "clip_norm": CLIP, "scores": "plain"}
+    private = {"unit": "record", "epsilon": cell.epsilon, "clip_norm": CLIP, "head_clip_norm": HEAD_CLIP, "scores": "plain"}
     return RunConfig.model_validate(
         {
             "name": "private-accuracy",

@@ -148,6 +148,11 @@ class RunConfig(Section):
             raise ValueError(
                 f'privacy.{targets[0]} protects nothing with privacy.unit = "none"; set the unit to "record" or "client"'
             )
+        if privacy.head_clip_norm is not None and (privacy.unit != "record" or self.model.kind != "classification"):
+            raise ValueError(
+                "privacy.head_clip_norm clips the head's part of records' gradients; set privacy.unit = \"record\" with "
+                'model.kind = "classification", or leave it out'
+            )
         if privacy.unit != "none" and len(targets) != 1:
             raise ValueError(f'privacy.unit = "{privacy.unit}" needs privacy.epsilon or privacy.noise_multiplier, and not both')
         if privacy.unit != "none" and self.adapter.method == "dylora" and self.adapter.draw == "step":

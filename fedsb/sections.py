@@ -258,6 +258,11 @@ class PrivacySection(Section):
         description="largest L2 norm of one record's gradient (`record`), of one client's update (`client`), and of any client's "
         "sketch",
     )
+    head_clip_norm: PositiveFloat | None = Field(
+        None,
+        description="of a classification head that is trained along: what its part of a record's gradient is clipped by, as the "
+        "rest by `clip_norm`, which is the default (only `record`)",
+    )
     secure_sum: bool = Field(
         False,
         description="true: the server learns the sum of the clients' updates and no single one; takes three clients or more, and "

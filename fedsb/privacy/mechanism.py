@@ -16,19 +16,24 @@ from fedsb.privacy.accounting import Release, noise_multiplier
 @dataclass(frozen=True)
 class Mechanism:
     """The Poisson-subsampled Gaussian: each of n takes part with probability `sample_rate`, what it adds is clipped to an L2
-    norm of `clip_norm`, and the sum gets noise of standard deviation `noise_multiplier` · `clip_norm`.
+    norm of `clip_norm`, and the sum gets noise of standard deviation `noise_multiplier` · `clip_norm`. A trained head has a clip
+    of its own, by which it and its noise are measured (`fedsb.training.private`).
 
-    Raises PrivacyError unless all three bound something.
+    Raises PrivacyError unless all of them bound something.
     """
 
     noise_multiplier: float
     sample_rate: float
     clip_norm: float
+    head_clip_norm: float = 0.0  # 0: clip_norm
 
     def __post_init__(self) -> None:
-        """Check the three numbers."""
-        if not (0 < self.clip_norm < math.inf):
-            raise PrivacyError(f"privacy.clip_norm = {self.clip_norm} bounds nothing; choose a finite number above 0")
+        """Check the numbers."""
+        if not self.head_clip_norm:
+            object.__setattr__(self, "head_clip_norm", self.clip_norm)
+        for name, clip in (("clip_norm", self.clip_norm), ("head_clip_norm", self.head_clip_norm)):
+            if not (0 < clip < math.inf):
+                raise PrivacyError(f"privacy.{name} = {clip} bounds nothing; choose a finite number above 0")
         if not (0 < self.noise_multiplier < math.inf) or not (0 < self.sample_rate <= 1):
             raise PrivacyError(
                 f"a noise multiplier of {self.noise_multiplier} at a sample rate of {self.sample_rate} is no mechanism"
@@ -88,7 +93,7 @@ def mechanism_of(config: RunConfig, count: int) -> Mechanism:
     if noise is None:
         assert privacy.epsilon is not None
         noise = _noise(privacy.epsilon, delta, rate, planned_steps(config), basis_releases(config, count))
-    return Mechanism(noise, rate, privacy.clip_norm)
+    return Mechanism(noise, rate, privacy.clip_norm, privacy.head_clip_norm or 0.0)
 
 
 def basis_releases(config: RunConfig, count: int) -> tuple[Release, ...]:

@@ -1,8 +1,11 @@
 """Local training under record-level differential privacy: DP-SGD, with AdamW in the place of SGD.
 
     every record takes part in a step with probability q, by itself                Poisson sampling
-    g_i = ∇ loss of record i alone;  ḡ_i = g_i · min(1, C / ‖g_i‖)                clipping; a head and the rest each to C/√2
+    g_i = ∇ loss of record i alone;  ḡ_i = g_i · min(1, C / ‖g_i‖)                clipping
     g = (Σ ḡ_i + N(0, σ²C² I)) / (q n)                                            noise once a step
+
+A trained head and the rest are clipped apart, the head to C_h/√2, with noise of σ·C_h, and the rest to C/√2, with σ·C: in units
+of C_h and C a record adds a vector of length 1 at the most, and the noise on each number is σ.
 
 Abadi et al., "Deep learning with differential privacy", arXiv 1607.00133, algorithm 1. What AdamW makes of g is
 post-processing and costs nothing. A record is one sequence. Gradients of single records come from Opacus' hooks on the cores
@@ -86,26 +89,34 @@ def train_private(
                     loss.backward()  # type: ignore[no-untyped-call]
                     for parameter, mask in masks:
                         parameter.grad_sample *= mask  # type: ignore[attr-defined]  # what does not learn is not clipped along
-                    add_clipped(sums, parameters, mechanism.clip_norm, len(part))
+                    add_clipped(sums, parameters, mechanism.clip_norm, len(part), mechanism.head_clip_norm)
                 put_gradient(parameters, sums, mechanism, stream, expected)
                 optimiser.step()
     model.eval()
 
 
-def add_clipped(sums: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], clip_norm: float, records: int) -> None:
+def add_clipped(
+    sums: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    clip_norm: float,
+    records: int,
+    head_clip_norm: float | None = None,
+) -> None:
     """Add each of `records` records' clipped gradients to `sums`, and forget the gradients.
 
     A head's gradient is many times longer than all others together (7 times on MiniLM), and clipped with them would leave little
     of them. So head and rest are clipped apart (McMahan et al., arXiv 1710.06963: per-layer clipping, with two groups).
 
-    Guarantees: what one record adds has an L2 norm of at most `clip_norm` over all parameters together, rounding included.
+    Guarantees: of what one record adds, the parts of the head in units of `head_clip_norm` (None: `clip_norm`) and the rest in
+    units of `clip_norm` have together an L2 norm of at most 1, rounding included.
     """
     found = {name: _of_records(name, p, records) for name, p in parameters.items()}  # (b, *shape)
     heads = [name for name in found if name.startswith(HEAD)]
     groups = [group for group in (heads, [name for name in found if name not in heads]) if group]
     finite = torch.stack([g.flatten(1).isfinite().all(1) for g in found.values()]).all(0)  # (b,)
     for group in groups:
-        bound = clip_norm / math.sqrt(len(groups))
+        own = clip_norm if head_clip_norm is None or group is not heads else head_clip_norm
+        bound = own / math.sqrt(len(groups))
         norms = torch.stack([found[name].flatten(1).double().square().sum(1) for name in group]).sum(0).sqrt()
         factors = (SLACK * bound / norms.clamp_min(bound)).to(torch.float32)
         factors = torch.where(finite & norms.isfinite(), factors, 0.0)
@@ -119,10 +130,12 @@ def put_gradient(
     parameters: Mapping[str, nn.Parameter], sums: Mapping[str, Tensor], mechanism: Mechanism, stream: KeyStream, expected: float
 ) -> None:
     """Noise on the sums, once, and the mean over the expected number of records as every parameter's gradient."""
-    flat = torch.cat([s.flatten() for s in sums.values()])
-    noisy = add_noise(flat, mechanism.noise_multiplier * mechanism.clip_norm, stream) / expected
-    for part, parameter in zip(noisy.split([s.numel() for s in sums.values()]), parameters.values(), strict=True):
-        parameter.grad = part.view_as(parameter).to(parameter.dtype)
+    clips = [mechanism.head_clip_norm if name.startswith(HEAD) else mechanism.clip_norm for name in sums]
+    flat = torch.cat([s.flatten() / clip for s, clip in zip(sums.values(), clips, strict=True)])
+    noisy = add_noise(flat, mechanism.noise_multiplier, stream) / expected
+    parts = noisy.split([s.numel() for s in sums.values()])
+    for part, clip, parameter in zip(parts, clips, parameters.values(), strict=True):
+        parameter.grad = (part * clip).view_as(parameter).to(parameter.dtype)
 
 
 def forbid_mixing(model: nn.Module) -> None:

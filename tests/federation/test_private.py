@@ -11,8 +11,9 @@ from flwr.app import Message
 
 from clients.budget import fingerprint
 from fedsb.config import RunConfig
-from fedsb.errors import LedgerError, PrivacyError
+from fedsb.errors import ConfigError, LedgerError, PrivacyError
 from fedsb.privacy.accounting import Release, epsilon
+from fedsb.privacy.mechanism import mechanism_of
 from fedsb.store.files import read_json
 from fedsb.store.ledger import NAME, Entry, Ledger, spent
 from server.local_grid import LocalGrid
@@ -318,3 +319,17 @@ def test_an_altered_ledger_stops_its_client(llama: str, words: str, tmp_path: Pa
     with pytest.raises(LedgerError):
         Ledger(path, "client-2")
     assert isinstance(LedgerError("x"), PrivacyError)
+
+
+def test_a_clip_for_a_head_that_is_not_there_is_refused(llama: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=r"privacy.head_clip_norm clips the head's part .* or leave it out"):
+        config(llama, words, head_clip_norm=2.0)
+
+
+def test_a_heads_own_clip_reaches_the_mechanism(bert: str, labels: str) -> None:
+    sections: dict[str, Any] = {
+        "privacy": {"unit": "record", "epsilon": 8.0, "clip_norm": 0.25, "head_clip_norm": 2.0},
+        "federation": {"weighting": "uniform"},
+    }
+    mechanism = mechanism_of(config_of(classification(bert, labels, **sections)), 100)
+    assert (mechanism.clip_norm, mechanism.head_clip_norm) == (0.25, 2.0)

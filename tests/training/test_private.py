@@ -19,7 +19,7 @@ from fedsb.errors import PrivacyError
 from fedsb.privacy.mechanism import Mechanism
 from fedsb.privacy.noise import KeyStream
 from fedsb.training.loop import Plan, loss_function
-from fedsb.training.private import add_clipped, forbid_mixing, gradients_of_records, train_private
+from fedsb.training.private import add_clipped, forbid_mixing, gradients_of_records, put_gradient, train_private
 from tests.adapters.samples import adapted, bert, llama
 from tests.training.samples import labelled, rows
 
@@ -142,6 +142,23 @@ def test_a_long_gradient_of_the_head_takes_nothing_from_the_rest() -> None:
     add_clipped(sums, parameters, 2**0.5, 2)
     assert torch.allclose(sums["a.core"], torch.tensor([0.3 + 0.6, 0.4 + 0.8]), rtol=1e-5)
     assert torch.allclose(sums["head.b.weight"], torch.tensor([1.1]), rtol=1e-5)
+
+
+def test_a_head_has_a_clip_and_noise_of_its_own() -> None:
+    """Both in units of their own clip: each record is 1 at the most, and the noise on every number is the multiplier."""
+    parameters = {"a.core": nn.Parameter(torch.zeros(3000)), "head.b.weight": nn.Parameter(torch.zeros(2000))}
+    sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    core, head = torch.zeros(1, 3000), torch.zeros(1, 2000)
+    core[0, :2], head[0, :1] = torch.tensor([6.0, 8.0]), 100.0
+    parameters["a.core"].grad_sample, parameters["head.b.weight"].grad_sample = core, head  # type: ignore[attr-defined]
+    mechanism = Mechanism(0.5, 0.1, 0.2, 4.0)
+    add_clipped(sums, parameters, mechanism.clip_norm, 1, mechanism.head_clip_norm)
+    assert math.isclose(float(sums["a.core"].norm()), 0.2 / 2**0.5, rel_tol=1e-5)
+    assert math.isclose(float(sums["head.b.weight"].norm()), 4.0 / 2**0.5, rel_tol=1e-5)
+    put_gradient(parameters, {name: torch.zeros_like(t) for name, t in sums.items()}, mechanism, KeyStream(bytes(32)), 10.0)
+    for name, clip in (("a.core", 0.2), ("head.b.weight", 4.0)):
+        gradient = parameters[name].grad
+        assert gradient is not None and math.isclose(float(gradient.std()), 0.5 * clip / 10, rel_tol=0.05)
 
 
 @pytest.mark.parametrize("clip", [1e-6, 1e-2, 1.0])
