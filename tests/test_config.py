@@ -1,3 +1,4 @@
+import json
 import math
 import tomllib
 from pathlib import Path
@@ -284,3 +285,12 @@ def test_every_setting_has_a_description() -> None:
             section = section[part] if isinstance(part, int) else getattr(section, part)
         description = type(section).model_fields[str(path[-1])].description
         assert description and len(description) > 10, path
+
+
+def test_a_later_version_with_more_settings_knows_a_run_again() -> None:
+    class Later(RunConfig):
+        more: int = 3
+
+    table = CONFIG.model_dump(mode="json", exclude_none=True)
+    assert Later.from_json(json.dumps(table)).digest() == CONFIG.digest()
+    assert Later.from_json(json.dumps(table | {"more": 4})).digest() != CONFIG.digest()
