@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fedsb.adapters.attach import attach, give_basis, initial_state, layout_of
+from fedsb.adapters.methods import METHODS
+from fedsb.adapters.share import Share, kept_names, share_of
 from fedsb.adapters.state import get_state, layers_of, parameters_of, set_state
 from fedsb.basis.frames import Basis
 from fedsb.config import RunConfig
@@ -77,6 +79,7 @@ class Session:
         self.transformer = self.model.get_base_model()
         self.parameters = parameters_of(self.model)
         self.layout = layout_of(self.model)
+        self.kept = kept_names(self.layout, METHODS[config.adapter.method])
         self.basis = ""
         self.examples = lru_cache(maxsize=KEPT_SPLITS)(self._examples)
         self.rows = lru_cache(maxsize=KEPT_SPLITS)(self._rows)
@@ -170,6 +173,14 @@ class Session:
             batch_size=section.batch_size,
             max_new_tokens=section.max_new_tokens,
         )
+
+    def share(self, site: Site) -> Share:
+        """What of a state travels between the server and this client."""
+        return share_of(self.layout, self.config.adapter.method, self.config.rank_of(site.name))
+
+    def published(self, site: Site) -> Share:
+        """What of a state this client publishes as its personal adapter."""
+        return share_of(self.layout, self.config.adapter.method, self.config.rank_of(site.name), kept=True)
 
     def base_vector(self) -> Tensor:
         """The base model as a state."""

@@ -139,6 +139,10 @@ class RunConfig(Section):
         width = len(str(self.federation.clients - 1))
         return self.federation.names or tuple(f"client-{i:0{width}d}" for i in range(self.federation.clients))
 
+    def rank_of(self, client: str) -> int:
+        """The rank at which a client trains."""
+        return self.adapter.ranks.get(client, self.adapter.rank)
+
     def digest(self) -> str:
         """SHA-256 over all that decides the result of clients that answer as they should: so over everything but `[runtime]`,
         the longest waits, and the strikes."""

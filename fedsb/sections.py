@@ -81,8 +81,15 @@ class DataSection(Section):
 class AdapterSection(Section):
     """`[adapter]`: what is trained."""
 
-    method: Literal["lora-sb", "lora", "ffa-lora"] = Field("lora-sb", description="the way of adapting, a row of docs/methods.md")
+    method: Literal["lora-sb", "lora", "ffa-lora", "fedsa-lora"] = Field(
+        "lora-sb", description="the way of adapting, a row of docs/methods.md"
+    )
     rank: PositiveInt = Field(64, description="r: a core has r x r numbers, LoRA's factors r x in and out x r")
+    ranks: dict[SiteName, PositiveInt] = Field(
+        default_factory=dict,
+        description="clients of a lower rank than `rank`, as a table: `ranks = {client-0 = 8}` (only for methods "
+        "whose clients may have different ranks; docs/methods.md)",
+    )
     alpha: PositiveFloat | None = Field(
         None,
         description="LoRA's α: updates are scaled by α / rank; by default the rank (not for `lora-sb`, which has no scale)",
@@ -123,7 +130,7 @@ class TrainSection(Section):
     learning_rate: PositiveFloat | Literal["auto"] = Field(
         "auto",
         description="AdamW's learning rate; `auto`: 0.64 / rank, with a `public` or `sketch` basis 0.32 / rank "
-        "(as for rank 16 below it); of `lora` 2e-3, of `ffa-lora` 4e-3",
+        "(as for rank 16 below it); of `lora` and `fedsa-lora` 2e-3, of `ffa-lora` 4e-3",
     )
     head_learning_rate: PositiveFloat = Field(
         5e-3, description="AdamW's learning rate for a classification head that is trained along"

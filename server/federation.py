@@ -11,7 +11,8 @@ from flwr.serverapp import Grid
 
 from fedsb.adapters.attach import attach, initial_state, layout_of, scale_of, shapes_of
 from fedsb.adapters.methods import METHODS
-from fedsb.adapters.state import CORE, Layout
+from fedsb.adapters.share import share_of
+from fedsb.adapters.state import CORE
 from fedsb.aggregation.checks import Strikes, check_equal, check_size
 from fedsb.aggregation.error import AggregationError
 from fedsb.basis.frames import Basis
@@ -26,7 +27,6 @@ from fedsb.sections import SITE_NAME
 from fedsb.store import adapters, checkpoint
 from fedsb.store.basis_files import load_basis, save_basis
 from fedsb.store.files import read_events
-from fedsb.training.loop import personal_plan
 from fedsb.training.start import basis_source, build_basis, can_rebuild, needs_weights, sketch_plan
 from server.sketching import Sketching
 from strategies.fedsb import FedSB
@@ -62,7 +62,8 @@ class Federation:
         self.source = locate(config.model.source)
         self.labels = len(labels_of(config)) or None
         outline = self._model(with_weights=False)
-        self.layout: Layout = layout_of(outline)
+        self.trained = layout_of(outline)
+        self.layout = share_of(self.trained, config.adapter.method, config.adapter.rank).layout
         self.shapes = shapes_of(outline)
         self.roster: dict[int, str] = {}
         self.names: dict[int, str] = {}  # of every node that was ever in the roster
@@ -78,7 +79,7 @@ class Federation:
             model=config.model.source,
             method=config.adapter.method,
             rank=config.adapter.rank,
-            trainable=self.layout.size,
+            trainable=self.trained.size,
         )
 
     def choose_basis(self) -> Basis:
@@ -143,7 +144,9 @@ class Federation:
 
     def _check_who(self, node: int, identity: Identity) -> None:
         """Raise ReplyError unless a reply is of a client that may take part, with this run's model."""
-        check_equal("layout", identity.layout, self.layout.fingerprint)
+        rank = self.config.rank_of(identity.client)
+        share = share_of(self.layout, self.config.adapter.method, rank, kept=True)
+        check_equal("layout", identity.layout, share.layout.fingerprint)
         check_equal("base model", identity.model, self.source.sha256)
         if not SITE_NAME.fullmatch(identity.client):
             raise ReplyError(f"bears the name {identity.client[:63]!r}, which is none (a-z, 0-9, dot, dash, underscore)")
@@ -153,7 +156,7 @@ class Federation:
     def strategy(self, basis: Basis) -> FedSB:
         """Step 2's strategy."""
         method, probes = METHODS[self.config.adapter.method], seeded(self.config.seed, "probe")
-        error = AggregationError(method, basis, self.shapes, scale_of(self.config), probes)
+        error = None if method.kept else AggregationError(method, basis, self.shapes, scale_of(self.config), probes)
         kind = SecureFedSB if self.config.privacy.secure_sum else FedSB
         return kind(self.config, self.layout, basis.fingerprint, self.roster, self.strikes, error, self.journal.tell)
 
@@ -211,29 +214,33 @@ class Federation:
         self.journal.tell("stage", title="personalising", clients=len(missing))
         exchange = Exchange(self.grid, self.config.federation.round_seconds)
         order = strategy.order(rounds)
-        messages = [order_message(node, PERSONALISE, order, state) for _, node in sorted((n, i) for i, n in missing.items())]
-        strategy.expect(state, personal_plan(self.config), "fp32")
-        for client, reply in strategy.accepted(rounds, exchange(messages), self.layout.size):
+        messages = {
+            name: order_message(node, PERSONALISE, order, strategy.share_of(name, state))
+            for name, node in sorted((n, i) for i, n in missing.items())
+        }
+        strategy.expect_personal(state, self.trained)
+        for client, reply in strategy.accepted(rounds, exchange(messages.values())):
             try:
                 seconds = {} if strategy.private else {"seconds": metric(reply, SECONDS)}
                 loss = {"loss": metric(reply, LOSS)} if self.config.personal.steps and not strategy.private else {}
                 kept = KEPT in (reply.content.get(METRICS) or {})
-                personal = None if kept else strategy.usable(reply)[0]
+                personal = None if kept else strategy.usable(client, reply)[0]
             except ReplyError as error:
                 strategy.refuse(rounds, client, error)
                 continue
             if personal is None:  # the site's policy
                 self.journal.tell("kept", round=rounds, client=client, **loss, **seconds)
                 continue
-            up, down = bytes_of(reply), bytes_of(messages[0])  # read back by _personal_traffic
+            share = strategy.returned(client)
+            up, down = bytes_of(reply), bytes_of(messages[client])  # read back by _personal_traffic
             self.journal.tell("personal", round=rounds, client=client, **loss, **seconds, up=up, down=down)
             adapters.publish(
                 store,
                 client,
-                self.layout.unflatten(personal),
+                share.layout.unflatten(share.take(personal)),
                 base_model=adapters.ModelId(name=self.source.name, sha256=self.source.sha256),
                 method=self.config.adapter.method,
-                rank=self.config.adapter.rank,
+                rank=self.config.rank_of(client),
                 basis_fingerprint=strategy.basis,
                 scale=scale_of(self.config),
                 round=rounds,

@@ -26,7 +26,7 @@ def summarise(run: Federation, basis: Basis, evaluation: dict[str, Any], seconds
         "seed": config.seed,
         "clients": len(run.roster),
         "rounds": config.federation.rounds,
-        "trainable_parameters": run.layout.size,
+        "trainable_parameters": run.trained.size,
         "basis": {"source": basis_source(config), "fingerprint": basis.fingerprint, "bytes": basis.nbytes},
         "bytes": {
             "basis": run.traffic.basis,

@@ -8,16 +8,14 @@ arithmetic of its own.
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
-from torch import Tensor
 
-from fedsb.adapters.state import HEAD, Layout
-from fedsb.aggregation.checks import Reach, Strikes, check_equal, check_size, check_vector, check_weight
+from fedsb.adapters.state import Layout
+from fedsb.aggregation.checks import Strikes, check_equal, check_size, check_weight
 from fedsb.aggregation.error import AggregationError
 from fedsb.aggregation.mean import Mean
 from fedsb.aggregation.private import PrivateMean
@@ -25,9 +23,8 @@ from fedsb.config import RunConfig
 from fedsb.errors import ReplyError
 from fedsb.privacy.mechanism import mechanism_of
 from fedsb.privacy.noise import KeyStream
-from fedsb.training.loop import Plan, largest_update, round_plan
+from fedsb.training.loop import round_plan
 from strategies.records import (
-    ARRAYS,
     EVALUATE,
     EXACT_MATCH,
     EXAMPLES,
@@ -47,20 +44,21 @@ from strategies.records import (
     unpack_state,
 )
 from strategies.rounds import Exchange
+from strategies.shares import Shares
 
 Tell = Callable[..., None]
 
 
-class FedSB(Strategy):
+class FedSB(Shares, Strategy):
     """Flower strategy for Fed-SB.
 
     Args:
         config: the run.
-        layout: names and shapes of a state.
+        layout: names and shapes of the state that the server keeps.
         basis: fingerprint of the basis.
         roster: node id → client name, kept up to date by the server; who is left out goes from it.
         strikes: refused replies so far.
-        error: measures the aggregation error on the real matrices.
+        error: measures the aggregation error on the real matrices; None for a method whose updates the server never sees.
         tell: called with an event's name and fields, for the journal.
     """
 
@@ -71,10 +69,11 @@ class FedSB(Strategy):
         basis: str,
         roster: MutableMapping[int, str],
         strikes: Strikes,
-        error: AggregationError,
+        error: AggregationError | None,
         tell: Tell,
     ) -> None:
-        self.config, self.layout, self.basis = config, layout, basis
+        super().__init__(config, layout)
+        self.basis = basis
         self.roster, self.strikes, self.error, self.tell = roster, strikes, error, tell
         self.private = config.privacy.unit != "none"
         self.stream = KeyStream()
@@ -105,23 +104,8 @@ class FedSB(Strategy):
         """The global state to every client drawn for this round."""
         nodes, self.wanted = self.sample(server_round)
         self.expect(arrays, round_plan(self.config, server_round), self.config.federation.wire_dtype)
-        return [order_message(node, TRAIN, self.order(server_round), arrays) for node in nodes]
-
-    def expect(self, arrays: ArrayRecord, plan: Plan, dtype: Literal["fp32", "bf16"]) -> None:
-        """Remember which states can come back from this one, and in which dtype, for `accepted` and `usable`."""
-        core, head = largest_update(plan)
-        shapes = self.layout.shapes
-        largest = {name: torch.full(shape, head if name.startswith(HEAD) else core) for name, shape in shapes}
-        limit = self.config.federation.max_update_norm
-        self.sent = unpack_state(arrays)
-        self.reach = Reach.of(
-            self.sent,
-            self.layout.flatten(largest),
-            plan.count,
-            bf16=dtype == "bf16",
-            norm=None if limit == "auto" else limit,
-        )
-        self.dtype = dtype
+        order = self.order(server_round)
+        return [order_message(node, TRAIN, order, self.share_of(self.roster[node], arrays)) for node in nodes]
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The exact mean of the cores that pass their checks; None if fewer than `min_clients` do.
@@ -132,12 +116,13 @@ class FedSB(Strategy):
             return self._aggregate_private(server_round, replies)
         federation = self.config.federation
         mean, losses = Mean(self.layout.size), Mean(1)
-        self.error.start()
-        for client, reply in self.accepted(server_round, replies, self.layout.size):
+        if self.error:
+            self.error.start()
+        for client, reply in self.accepted(server_round, replies):
             try:
                 examples, loss, seconds = self.told(reply)
                 check_weight(examples)
-                vector, norm = self.usable(reply)
+                vector, norm = self.usable(client, reply)
             except ReplyError as error:
                 self.refuse(server_round, client, error)
                 continue
@@ -145,7 +130,8 @@ class FedSB(Strategy):
             weight = float(counted) if federation.weighting == "examples" else 1.0
             mean.add(vector, weight)
             losses.add(vector.new_tensor([loss]), weight)
-            self.error.add(self.layout.unflatten(vector), weight)
+            if self.error:
+                self.error.add(self.layout.unflatten(vector), weight)
             told = {} if self.private else {"examples": examples, "loss": loss, "seconds": seconds}
             self.tell("reply", round=server_round, client=client, norm=norm, **told)
             if federation.over_sample > 1 and mean.count == self.wanted:
@@ -154,7 +140,8 @@ class FedSB(Strategy):
             return None, None
         average = mean.result()
         record = pack_state(average, self.config.federation.wire_dtype)
-        distance = self.error.result(self.layout.unflatten(unpack_state(record)))  # of what the clients will get
+        got = self.layout.unflatten(unpack_state(record))  # by the clients
+        distance = self.error.result(got) if self.error else math.nan
         metrics = MetricRecord({LOSS: float(losses.result()), "aggregation-error": distance, "clients": mean.count})
         return record, metrics
 
@@ -162,9 +149,9 @@ class FedSB(Strategy):
         """The mean under privacy by client. However few answer there is one, since how many do is private."""
         federation, mechanism = self.config.federation, mechanism_of(self.config, self.config.federation.clients)
         mean = PrivateMean(self.sent, mechanism, federation.fraction * federation.clients, self.stream)
-        for client, reply in self.accepted(server_round, replies, self.layout.size):
+        for client, reply in self.accepted(server_round, replies):
             try:
-                vector, norm = self.usable(reply)
+                vector, norm = self.usable(client, reply)
             except ReplyError as error:
                 self.refuse(server_round, client, error)
                 continue
@@ -183,8 +170,11 @@ class FedSB(Strategy):
         """The question `config["which"]` (some of base, global, personal, with commas) to every client in one message each;
         the state goes along only where `global` is asked."""
         which = str(config["which"])
-        order, state = self.order(server_round, which), arrays if "global" in which.split(",") else None
-        return [order_message(node, EVALUATE, order, state) for _, node in sorted((n, i) for i, n in self.roster.items())]
+        order, told = self.order(server_round, which), "global" in which.split(",")
+        return [
+            order_message(node, EVALUATE, order, self.share_of(name, arrays) if told else None)
+            for name, node in sorted((n, i) for i, n in self.roster.items())
+        ]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Means over all test examples, such as `global-loss` and `global-exact-match`; and `n`, how many they are."""
@@ -222,12 +212,13 @@ class FedSB(Strategy):
                 continue
             yield client, score
 
-    def accepted(self, server_round: int, replies: Iterable[Message], numbers: int) -> Iterator[tuple[str, Message]]:
+    def accepted(
+        self, server_round: int, replies: Iterable[Message], numbers: int | None = None
+    ) -> Iterator[tuple[str, Message]]:
         """The replies that answer this round's question, with their clients' names; the others are refused and named.
 
-        `numbers`: how many the state in a reply has; 0 if there is to be none.
+        `numbers`: how many the state in a reply has, by default those of `returned`; 0 if there is to be none.
         """
-        most = largest_reply(numbers, self.dtype if numbers else "fp32")
         answered: set[str] = set()
         for reply in replies:
             client = self.roster.get(reply.metadata.src_node_id, f"node {reply.metadata.src_node_id}")
@@ -235,12 +226,13 @@ class FedSB(Strategy):
                 if reply.has_error():  # also a refusal by the site's policy: no strike, since nothing false was said
                     self.tell("refused", round=server_round, client=client, reason=f"failed: {reason_of(reply.error)}")
                     continue
-                check_size(size_of(reply), most)
+                size = self.returned(client).layout.size if numbers is None else numbers
+                check_size(size_of(reply), largest_reply(size, self.dtype if size else "fp32"))
                 identity = Identity.of(reply)
                 check_equal("client", identity.client, client)
                 check_equal("round", identity.round, server_round)
                 check_equal("basis", identity.basis, self.basis)
-                check_equal("layout", identity.layout, self.layout.fingerprint)
+                check_equal("layout", identity.layout, self.share(client).layout.fingerprint)
                 if client in answered:
                     raise ReplyError("answered twice")
             except ReplyError as error:
@@ -248,19 +240,6 @@ class FedSB(Strategy):
                 continue
             answered.add(client)
             yield client, reply
-
-    def usable(self, reply: Message) -> tuple[Tensor, float]:
-        """The flat state of a reply, and the norm of its difference from the one sent.
-
-        Raises ReplyError if there is none, or one that must not be counted.
-        """
-        try:
-            record = reply.content[ARRAYS]
-        except KeyError:
-            raise ReplyError("sent no arrays") from None
-        vector = unpack_state(record, self.dtype)
-        check_vector(vector, self.layout.size)
-        return vector, self.reach.check(vector)
 
     def refuse(self, server_round: int, client: str, error: ReplyError) -> None:
         """Write down whose reply was refused, and why. After too many of them the client goes from the roster."""

@@ -153,7 +153,7 @@ class SecureFedSB(FedSB):
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Add up the masked updates, take the masks away, and move the global core by their mean."""
         losses, count, members = Mean(1), 0, self.summing.order.members
-        for client, reply in self.accepted(server_round, replies, self.layout.size):
+        for client, reply in self.accepted(server_round, replies):
             try:
                 examples, loss, seconds = self.told(reply)
                 check_weight(examples)

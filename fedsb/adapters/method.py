@@ -23,6 +23,8 @@ class Method:
         exact: whether the mean of the parts is the mean of the updates, whatever the clients send.
         says: one sentence for the card of an exported adapter.
         rate: AdamW's learning rate for `train.learning_rate = "auto"`; None: by rank and basis (`fedsb.training.loop`).
+        kept: parts (and `head`) that stay with each client and never travel in training (`fedsb.adapters.share`).
+        nested: whether its adapters may be cut to a lower rank: leading columns of B, block of the core, rows of A.
     """
 
     config: Callable[[int, float, dict[str, Any]], PeftConfig]
@@ -32,6 +34,8 @@ class Method:
     exact: bool
     says: str
     rate: float | None = None
+    kept: tuple[str, ...] = ()
+    nested: bool = False
 
     def fits(self, part: str, shape: tuple[int, ...], rank: int) -> bool:
         """Whether a part of some layer can have this shape at this rank."""

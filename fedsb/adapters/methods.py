@@ -1,5 +1,6 @@
 """The table of methods: the names that configurations use, and what each is made of."""
 
+from fedsb.adapters.fedsa_lora import FEDSA_LORA
 from fedsb.adapters.ffa_lora import FFA_LORA
 from fedsb.adapters.lora import LORA
 from fedsb.adapters.lora_sb import LORA_SB
@@ -9,4 +10,5 @@ METHODS: dict[str, Method] = {
     "lora-sb": LORA_SB,
     "lora": LORA,
     "ffa-lora": FFA_LORA,
+    "fedsa-lora": FEDSA_LORA,
 }
