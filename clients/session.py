@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedsb.adapters.attach import attach, give_basis, initial_state, layout_of
 from fedsb.adapters.methods import METHODS
+from fedsb.adapters.nested_sb import at_rank_of
 from fedsb.adapters.share import Share, kept_names, share_of
 from fedsb.adapters.state import get_state, layers_of, parameters_of, set_state
 from fedsb.basis.frames import Basis
@@ -106,31 +107,35 @@ class Session:
         started = time.monotonic()
         rows = self.rows(site, "train")
         set_state(self.model, self.layout.unflatten(vector))
-        loss = train(
-            self.transformer,
-            self.parameters,
-            rows,
-            plan,
-            kind=self.config.model.kind,
-            pad_id=self.tokenizer.pad_token_id,
-            seed=self.config.seed,
-            client=site.name,
-        )
+        with at_rank_of(self.model, self.config, site.name) as before_step:
+            loss = train(
+                self.transformer,
+                self.parameters,
+                rows,
+                plan,
+                kind=self.config.model.kind,
+                pad_id=self.tokenizer.pad_token_id,
+                seed=self.config.seed,
+                client=site.name,
+                before_step=before_step,
+            )
         return Trained(self.layout.flatten(get_state(self.model)), loss, len(rows), time.monotonic() - started)
 
     def train_private(self, site: Site, vector: Tensor, plan: Plan, mechanism: Mechanism) -> Tensor:
         """Train from a state on the client's own examples with privacy for each of them; the new state (size,), fp32."""
         set_state(self.model, self.layout.unflatten(vector))
-        train_private(
-            self.transformer,
-            self.parameters,
-            self.rows(site, "train"),
-            plan,
-            mechanism,
-            KeyStream(),
-            kind=self.config.model.kind,
-            pad_id=self.tokenizer.pad_token_id,
-        )
+        with at_rank_of(self.model, self.config, site.name) as before_step:
+            train_private(
+                self.transformer,
+                self.parameters,
+                self.rows(site, "train"),
+                plan,
+                mechanism,
+                KeyStream(),
+                kind=self.config.model.kind,
+                pad_id=self.tokenizer.pad_token_id,
+                before_step=before_step,
+            )
         return self.layout.flatten(get_state(self.model))
 
     def sketch(self, site: Site) -> Tensor:

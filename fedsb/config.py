@@ -16,6 +16,8 @@ from pydantic import Field, model_validator
 from fedsb.errors import ConfigError
 from fedsb.sections import (
     CLIENT,
+    FRAMED,
+    RANKED,
     AdapterSection,
     BasisSection,
     DataSection,
@@ -67,19 +69,46 @@ class RunConfig(Section):
             raise ValueError("federation.over_sample has nobody more to ask where fraction = 1; lower federation.fraction")
         if (self.basis.source == "public") != (self.basis.public is not None):
             raise ValueError('basis.source = "public" and a [basis.public] section go together; set both or neither')
-        if self.adapter.method != "lora-sb" and self.basis.source != "random":
+        if self.adapter.method not in FRAMED and self.basis.source != "random":
             raise ValueError(
                 f'adapter.method = "{self.adapter.method}" has no basis for basis.source = "{self.basis.source}"; leave '
                 'basis.source out, or set adapter.method = "lora-sb"'
             )
-        if self.adapter.method == "lora-sb" and self.adapter.alpha is not None:
-            raise ValueError('adapter.alpha scales LoRA, and adapter.method = "lora-sb" has no scale; drop it')
+        if self.adapter.method in FRAMED and self.adapter.alpha is not None:
+            raise ValueError(f'adapter.alpha scales LoRA, and adapter.method = "{self.adapter.method}" has no scale; drop it')
         if self.basis.source != "public" and (self.basis.r0 == "paper" or self.basis.sign):
             raise ValueError('basis.r0 = "paper" and basis.sign need basis.source = "public"; drop them or change the source')
         if self.data.partition == "task" and self.federation.clients < len(self.data.tasks):
             raise ValueError('data.partition = "task" needs at least as many clients as tasks; raise federation.clients')
         if self.model.kind == "classification" and len(self.data.tasks) > 1:
             raise ValueError("classification takes one task, whose labels the head has; keep one of data.tasks")
+        return self
+
+    @model_validator(mode="after")
+    def _consistent_with_ranks(self) -> "RunConfig":
+        adapter, privacy = self.adapter, self.privacy
+        if adapter.ranks and adapter.method not in RANKED:
+            raise ValueError(
+                f'adapter.method = "{adapter.method}" gives every client one rank; drop adapter.ranks, or set adapter.method to '
+                f"one of {', '.join(RANKED)}"
+            )
+        for client, rank in adapter.ranks.items():
+            if rank > adapter.rank:
+                raise ValueError(
+                    f"adapter.ranks gives {client} rank {rank} where adapter.rank = {adapter.rank} is the largest; raise "
+                    "adapter.rank or lower the client's"
+                )
+        if adapter.nested and adapter.method != "nested-sb":
+            raise ValueError(f'adapter.nested is of adapter.method = "nested-sb" and not of "{adapter.method}"; drop it')
+        if adapter.ranks and privacy.secure_sum:
+            raise ValueError(
+                "privacy.secure_sum adds up updates of one size, and with adapter.ranks they differ; drop one of the two"
+            )
+        if adapter.ranks and privacy.unit == "client":
+            raise ValueError(
+                'privacy.unit = "client" divides by the planned number of clients, and with adapter.ranks not all hold every '
+                'number; drop adapter.ranks, or set privacy.unit = "record"'
+            )
         return self
 
     @model_validator(mode="after")

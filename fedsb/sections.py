@@ -14,6 +14,8 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 SITE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")  # of a client, a task or a run; safe as a folder
 SiteName = Annotated[str, Field(pattern=rf"^{SITE_NAME.pattern}$")]
+FRAMED = ("lora-sb", "nested-sb")  # methods with a core on a basis
+RANKED = ("nested-sb",)  # methods whose clients may have different ranks
 CLIENT = "{client}"  # in the folder of a `jsonl:` source: the name of the client that reads it
 
 
@@ -81,7 +83,7 @@ class DataSection(Section):
 class AdapterSection(Section):
     """`[adapter]`: what is trained."""
 
-    method: Literal["lora-sb", "lora", "ffa-lora", "fedsa-lora"] = Field(
+    method: Literal["lora-sb", "nested-sb", "lora", "ffa-lora", "fedsa-lora"] = Field(
         "lora-sb", description="the way of adapting, a row of docs/methods.md"
     )
     rank: PositiveInt = Field(64, description="r: a core has r x r numbers, LoRA's factors r x in and out x r")
@@ -90,9 +92,15 @@ class AdapterSection(Section):
         description="clients of a lower rank than `rank`, as a table: `ranks = {client-0 = 8}` (only for methods "
         "whose clients may have different ranks; docs/methods.md)",
     )
+    nested: bool = Field(
+        False,
+        description="true: each training step uses leading blocks of a rank drawn from 1 to the client's, so that a trained core "
+        "works when it is cut (only `nested-sb`)",
+    )
     alpha: PositiveFloat | None = Field(
         None,
-        description="LoRA's α: updates are scaled by α / rank; by default the rank (not for `lora-sb`, which has no scale)",
+        description="LoRA's α: updates are scaled by α / rank; by default the rank (not for `lora-sb` and `nested-sb`, which "
+        "have no scale)",
     )
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
         "all-linear", description="names of the linear layers to adapt; all of them except the output head"

@@ -52,6 +52,7 @@ from strategies.records import (
 )
 from strategies.rounds import Exchange, RoundResult, Traffic, wait_for_nodes
 from strategies.secure import SecureFedSB
+from strategies.shares import Shares, check_ranks
 
 
 class Federation:
@@ -65,6 +66,7 @@ class Federation:
         self.trained = layout_of(outline)
         self.layout = share_of(self.trained, config.adapter.method, config.adapter.rank).layout
         self.shapes = shapes_of(outline)
+        check_ranks(config, self._admitted().values() if home else config.client_names)
         self.roster: dict[int, str] = {}
         self.names: dict[int, str] = {}  # of every node that was ever in the roster
         self.pauses: dict[int, tuple[int, int]] = {}  # node → rounds until it is asked again, of so many in this pause
@@ -144,8 +146,7 @@ class Federation:
 
     def _check_who(self, node: int, identity: Identity) -> None:
         """Raise ReplyError unless a reply is of a client that may take part, with this run's model."""
-        rank = self.config.rank_of(identity.client)
-        share = share_of(self.layout, self.config.adapter.method, rank, kept=True)
+        share = Shares(self.config, self.layout).share(identity.client)
         check_equal("layout", identity.layout, share.layout.fingerprint)
         check_equal("base model", identity.model, self.source.sha256)
         if not SITE_NAME.fullmatch(identity.client):

@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -128,17 +129,19 @@ class FedSB(Shares, Strategy):
                 continue
             counted = min(examples, federation.max_examples or examples)
             weight = float(counted) if federation.weighting == "examples" else 1.0
-            mean.add(vector, weight)
+            index = self.returned(client).index
+            mean.add(vector, weight, index)
             losses.add(vector.new_tensor([loss]), weight)
             if self.error:
-                self.error.add(self.layout.unflatten(vector), weight)
+                trained = vector if index is None else torch.zeros_like(vector).index_copy_(0, index, vector[index])
+                self.error.add(self.layout.unflatten(trained), weight)
             told = {} if self.private else {"examples": examples, "loss": loss, "seconds": seconds}
             self.tell("reply", round=server_round, client=client, norm=norm, **told)
             if federation.over_sample > 1 and mean.count == self.wanted:
                 break
         if mean.count < federation.min_clients:
             return None, None
-        average = mean.result()
+        average = mean.result(self.sent)
         record = pack_state(average, self.config.federation.wire_dtype)
         got = self.layout.unflatten(unpack_state(record))  # by the clients
         distance = self.error.result(got) if self.error else math.nan

@@ -1,5 +1,6 @@
 """What of the server's state goes to each client, and what can come back from it."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -12,9 +13,18 @@ from fedsb.adapters.share import Share, kept_names, share_of
 from fedsb.adapters.state import HEAD, Layout
 from fedsb.aggregation.checks import Reach, check_vector
 from fedsb.config import RunConfig
-from fedsb.errors import ReplyError
+from fedsb.errors import ConfigError, ReplyError
 from fedsb.training.loop import Plan, largest_update, personal_plan, round_plan
 from strategies.records import ARRAYS, pack_state, unpack_state
+
+
+def check_ranks(config: RunConfig, known: Iterable[str]) -> None:
+    """Raise ConfigError if `adapter.ranks` names somebody who is not among the `known` clients."""
+    unknown = sorted(config.adapter.ranks.keys() - set(known))
+    if unknown:
+        raise ConfigError(
+            f"adapter.ranks names {unknown[0]}, which is no client of this federation; mend the name, or admit that site first"
+        )
 
 
 class Shares:

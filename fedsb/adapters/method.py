@@ -37,6 +37,11 @@ class Method:
     kept: tuple[str, ...] = ()
     nested: bool = False
 
+    def cut(self, part: str, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+        """The shape of a part's leading block at a rank; a head's parameter stays as it is."""
+        letters = self.parts.get(part)
+        return shape if letters is None else tuple(min(n, rank) if x == "r" else n for n, x in zip(shape, letters, strict=True))
+
     def fits(self, part: str, shape: tuple[int, ...], rank: int) -> bool:
         """Whether a part of some layer can have this shape at this rank."""
         letters = self.parts.get(part, ())

@@ -5,10 +5,12 @@ from fedsb.adapters.ffa_lora import FFA_LORA
 from fedsb.adapters.lora import LORA
 from fedsb.adapters.lora_sb import LORA_SB
 from fedsb.adapters.method import Method
+from fedsb.adapters.nested_sb import NESTED_SB
 
 METHODS: dict[str, Method] = {
     "lora-sb": LORA_SB,
     "lora": LORA,
     "ffa-lora": FFA_LORA,
+    "nested-sb": NESTED_SB,
     "fedsa-lora": FEDSA_LORA,
 }

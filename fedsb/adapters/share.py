@@ -54,10 +54,10 @@ class Share:
 @lru_cache(maxsize=256)
 def share_of(whole: Layout, method: str, rank: int, *, kept: bool = False) -> Share:
     """The share of a client of some rank in a state of a method; with `kept`, of all that it trains and publishes."""
-    own = () if kept else kept_names(whole, METHODS[method])
-    return Share(
-        whole, Layout(tuple((name, _cut(METHODS[method], name, s, rank)) for name, s in whole.shapes if name not in own))
-    )
+    says = METHODS[method]
+    left_out = () if kept else kept_names(whole, says)
+    shapes = [(name, says.cut(_part(name), shape, rank)) for name, shape in whole.shapes if name not in left_out]
+    return Share(whole, Layout(tuple(shapes)))
 
 
 def kept_names(layout: Layout, method: Method) -> tuple[str, ...]:
@@ -68,8 +68,3 @@ def kept_names(layout: Layout, method: Method) -> tuple[str, ...]:
 def _part(name: str) -> str:
     """`core` of `….q_proj.core`; `head` of everything in a head."""
     return HEAD.rstrip(".") if name.startswith(HEAD) else name.rpartition(".")[2]
-
-
-def _cut(method: Method, name: str, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
-    letters = method.parts.get(_part(name), ())
-    return tuple(min(n, rank) if letter == "r" else n for n, letter in zip(shape, letters, strict=True)) if letters else shape

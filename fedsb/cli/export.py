@@ -30,6 +30,7 @@ def export(
         Format,
         typer.Option("--format", help="lora: plain LoRA for PEFT and vLLM; core: ours, small matrices with their basis"),
     ] = Format.lora,
+    rank: Annotated[int | None, typer.Option(help="cut adapters that may be cut (docs/methods.md) to this rank")] = None,
 ) -> None:
     """Write personal adapters of a run as folders: plain LoRA for PEFT and vLLM, or our own format."""
     if (client is None) == (not all_):
@@ -44,5 +45,5 @@ def export(
         stored = adapters.load(store, name)
         basis = load_basis(run, stored.manifest.basis_fingerprint)
         write = export_lora if format_ is Format.lora else export_core
-        folder = write(stored, basis, out / name, modules=modules)
+        folder = write(stored, basis, out / name, modules=modules, rank=rank)
         print(f"{name}: version {stored.manifest.version} of round {stored.manifest.round} → {folder}")

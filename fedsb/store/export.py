@@ -36,15 +36,20 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
 
 
 def export_lora(
-    stored: StoredAdapter, basis: Basis, out: Path, dtype: torch.dtype = torch.float32, modules: Collection[str] = ()
+    stored: StoredAdapter,
+    basis: Basis,
+    out: Path,
+    dtype: torch.dtype = torch.float32,
+    modules: Collection[str] = (),
+    rank: int | None = None,
 ) -> Path:
     """Write a plain LoRA: the last matrix of the method's chain as lora_A (r, in), the product of those before it, in fp64, as
     lora_B (out, r); of LoRA-SB A and B·R. Stored in `dtype`.
 
-    `modules`: see `target_modules`. Raises BasisError (not the adapter's basis), StoreError (`out` is something
-    else) and DiskError; then whatever was at `out` is as before.
+    `modules`: see `target_modules`. `rank`: cut to it, where the method can be (`StoredAdapter.cut`). Raises BasisError (not the
+    adapter's basis), StoreError (`out` is something else) and DiskError; then whatever was at `out` is as before.
     """
-    _check(stored, basis)
+    stored, basis = _fitted(stored, basis, rank)
     method, scale = METHODS[stored.manifest.method], stored.manifest.scale
     tensors: dict[str, Tensor] = {}
     for layer, parts in stored.layers.items():
@@ -56,12 +61,12 @@ def export_lora(
     return _write(out, stored, lora_config(stored, modules), tensors | _head(stored))
 
 
-def export_core(stored: StoredAdapter, basis: Basis, out: Path, modules: Collection[str] = ()) -> Path:
+def export_core(stored: StoredAdapter, basis: Basis, out: Path, modules: Collection[str] = (), rank: int | None = None) -> Path:
     """Write our own format: core (r, r) fp32, A (r, in) and B (out, r) in the basis' dtype.
 
     Raises as `export_lora`, and StoreError for a method without cores.
     """
-    _check(stored, basis)
+    stored, basis = _fitted(stored, basis, rank)
     if METHODS[stored.manifest.method].frames != ("B", "A"):
         raise StoreError(f"{stored.manifest.method} has no cores, and so no format of ours; use --format lora")
     tensors: dict[str, Tensor] = {}
@@ -69,7 +74,8 @@ def export_core(stored: StoredAdapter, basis: Basis, out: Path, modules: Collect
         tensors[f"{PREFIX}{layer}.fedsb_core.weight"] = parts["core"]
         tensors[f"{PREFIX}{layer}.fedsb_A"] = basis.A[layer]
         tensors[f"{PREFIX}{layer}.fedsb_B"] = basis.B[layer]
-    return _write(out, stored, core_config(stored, modules), tensors | _head(stored))
+    config = core_config(stored, modules) | {"basis_fingerprint": basis.fingerprint}  # of a cut basis it is another
+    return _write(out, stored, config, tensors | _head(stored))
 
 
 def lora_config(stored: StoredAdapter, modules: Collection[str] = ()) -> dict[str, Any]:
@@ -147,19 +153,23 @@ def _head(stored: StoredAdapter) -> dict[str, Tensor]:
     return {f"{PREFIX}{name}": tensor for name, tensor in stored.head.items()}
 
 
-def _check(stored: StoredAdapter, basis: Basis) -> None:
+def _fitted(stored: StoredAdapter, basis: Basis, rank: int | None) -> tuple[StoredAdapter, Basis]:
+    """An adapter, cut to a rank if one is given, and as much of its run's basis as it stands on."""
     said = stored.manifest.basis_fingerprint
     if said != basis.fingerprint:
         raise BasisError(
             f"the adapter of {stored.manifest.client} was trained on basis {said[:12]}, not {basis.fingerprint[:12]}; "
             "load the basis of its own run"
         )
-    framed = bool(METHODS[stored.manifest.method].frames)
-    if framed and (stored.layers.keys() != basis.A.keys() or stored.manifest.rank != basis.rank):
+    method = METHODS[stored.manifest.method]
+    stored = stored if rank is None else stored.cut(rank)
+    basis = basis.cut(stored.manifest.rank) if method.nested else basis
+    if method.frames and (stored.layers.keys() != basis.A.keys() or stored.manifest.rank != basis.rank):
         raise BasisError(
             f"the adapter of {stored.manifest.client} ({len(stored.layers)} layers, rank {stored.manifest.rank}) lacks "
             f"the layers or the rank of its basis ({len(basis.A)} layers, rank {basis.rank}); publish the adapter anew"
         )
+    return stored, basis
 
 
 def _write(out: Path, stored: StoredAdapter, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:

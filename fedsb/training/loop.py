@@ -129,12 +129,14 @@ def train(
     pad_id: int,
     seed: int,
     client: str,
+    before_step: Callable[[int], None] = lambda step: None,
 ) -> float:
     """Take the plan's AdamW steps on `parameters` in place and return the mean training loss (nats).
 
     Args:
         model: the transformers model (not the PEFT wrapper) that holds the parameters.
         rows: the client's training examples; which of them a step takes is drawn from (seed, client, step).
+        before_step: called with each step's number before it is taken.
     """
     loss_of, device = loss_function(kind), next(iter(parameters.values())).device
     optimiser = optimiser_of(parameters, plan)
@@ -142,6 +144,7 @@ def train(
     model.train()
     seed_dropout(seed, client, plan.first)
     for step in range(plan.first, plan.first + plan.count):
+        before_step(step)
         drawn = [rows[i] for i in draw(len(rows), step, plan.batch_size, seed, client)]
         drawn.sort(key=len)  # neighbours of like length have little padding
         for group in optimiser.param_groups:

@@ -13,7 +13,7 @@ import contextlib
 import math
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ def train_private(
     *,
     kind: Kind,
     pad_id: int,
+    before_step: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Take the plan's steps on `parameters` in place. Returns nothing: a training loss would be about private records.
 
@@ -72,6 +73,7 @@ def train_private(
     torch.manual_seed(int(stream.uniform(1)[0] * 2**53))  # dropout: masks that nobody knows, independent of who is drawn
     with gradients_of_records(model, parameters):
         for step in range(plan.first, plan.first + plan.count):
+            before_step(step)
             drawn = [rows[i] for i in stream.poisson_sample(len(rows), mechanism.sample_rate)]
             drawn.sort(key=len)
             sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}

@@ -18,6 +18,7 @@ from fedsb.config import RunConfig
 from fedsb.errors import AdapterError, BasisError, ConfigError, StoreError
 from fedsb.models import device_of, load_model, locate
 from fedsb.privacy.accounting import epsilon
+from fedsb.sections import FRAMED, RANKED
 from fedsb.store import adapters
 from fedsb.store.basis_files import load_basis
 from fedsb.store.export import export_core, export_lora
@@ -95,14 +96,14 @@ def test_the_base_model_is_where_everybody_starts(method: str, llama: str, words
 
 @EVERY
 def test_the_chain_is_the_update_that_the_layer_adds(method: str, llama: str, words: str) -> None:
-    alpha = {} if method == "lora-sb" else {"alpha": 12.0}
+    alpha = {} if method in FRAMED else {"alpha": 12.0}
     run = config(llama, words, method, adapter={"method": method, **alpha})
     session = Session(run)
     torch.manual_seed(0)
     state = {name: torch.randn_like(t) for name, t in session.layout.unflatten(session.base_vector()).items()}
     found = dense(run, state)
     basis = build_basis(run, session.model, session.tokenizer, session.device)
-    assert scale_of(run) == (1.0 if method == "lora-sb" else 3.0)
+    assert scale_of(run) == (1.0 if method in FRAMED else 3.0)
     for layer, update in found.items():
         parts = {part: state[f"{layer}.{part}"].double() for part in METHODS[method].parts}
         b, a = (side[layer].double() if layer in side else None for side in (basis.B, basis.A))
@@ -175,7 +176,7 @@ def test_a_killed_run_resumes_to_the_same_bits(method: str, llama: str, words: s
 
 @EVERY
 def test_an_unmodified_peft_reads_the_export(method: str, bert: str, labels: str, tmp_path: Path) -> None:
-    alpha = {} if method == "lora-sb" else {"alpha": 8.0}
+    alpha = {} if method in FRAMED else {"alpha": 8.0}
     run = config_of(classification(bert, labels, adapter={"method": method, **alpha}))
     federate(run, tmp_path)
     stored = adapters.load(tmp_path / "adapters", "client-1")
@@ -285,9 +286,21 @@ def test_what_it_has_no_use_for_is_refused_by_name(method: str, llama: str, word
         config(llama, words, method, basis={"source": "weights"})
 
 
-def test_a_scale_of_lora_sb_is_refused(llama: str, words: str) -> None:
-    with pytest.raises(ConfigError, match="lora-sb.* has no scale"):
-        config(llama, words, "lora-sb", adapter={"alpha": 8.0})
+@pytest.mark.parametrize("method", FRAMED)
+def test_a_scale_of_a_core_is_refused(method: str, llama: str, words: str) -> None:
+    assert METHODS[method].frames == ("B", "A")
+    with pytest.raises(ConfigError, match=f"{method}.* has no scale"):
+        config(llama, words, method, adapter={"method": method, "alpha": 8.0})
+
+
+@EVERY
+def test_one_rank_for_all_is_all_that_most_have(method: str, llama: str, words: str) -> None:
+    ranks = {"method": method, "ranks": {"client-1": 2}}
+    if method in RANKED:
+        assert config(llama, words, method, adapter=ranks).rank_of("client-1") == 2
+        return
+    with pytest.raises(ConfigError, match=f'"{method}" gives every client one rank.*nested-sb'):
+        config(llama, words, method, adapter=ranks)
 
 
 def test_what_a_model_is_told_first_leaves_torchs_own_chance_alone(llama: str, words: str) -> None:
