@@ -18,6 +18,7 @@ from fedsb.sections import (
     CLIENT,
     FRAMED,
     RANKED,
+    RANKED_LORA,
     AdapterSection,
     BasisSection,
     DataSection,
@@ -100,6 +101,16 @@ class RunConfig(Section):
                 )
         if adapter.nested and adapter.method != "nested-sb":
             raise ValueError(f'adapter.nested is of adapter.method = "nested-sb" and not of "{adapter.method}"; drop it')
+        if adapter.method in RANKED_LORA and (privacy.secure_sum or privacy.unit == "client"):
+            raise ValueError(
+                f'adapter.method = "{adapter.method}" needs each client\'s own factors, which privacy.secure_sum and '
+                'privacy.unit = "client" hide in a sum; set adapter.method = "nested-sb" or another, or drop them'
+            )
+        if adapter.method in RANKED_LORA and adapter.ranks and privacy.unit == "record":
+            raise ValueError(
+                f'with adapter.method = "{adapter.method}" privacy.unit = "record" puts noise on factors beyond a client\'s '
+                'rank; drop adapter.ranks, or set adapter.method = "nested-sb"'
+            )
         if adapter.ranks and privacy.secure_sum:
             raise ValueError(
                 "privacy.secure_sum adds up updates of one size, and with adapter.ranks they differ; drop one of the two"

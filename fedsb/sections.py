@@ -15,7 +15,8 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 SITE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")  # of a client, a task or a run; safe as a folder
 SiteName = Annotated[str, Field(pattern=rf"^{SITE_NAME.pattern}$")]
 FRAMED = ("lora-sb", "nested-sb")  # methods with a core on a basis
-RANKED = ("nested-sb",)  # methods whose clients may have different ranks
+RANKED_LORA = ("hetlora", "flexlora")  # methods whose mean needs each client's own factors
+RANKED = ("nested-sb", *RANKED_LORA)  # methods whose clients may have different ranks
 CLIENT = "{client}"  # in the folder of a `jsonl:` source: the name of the client that reads it
 
 
@@ -83,7 +84,7 @@ class DataSection(Section):
 class AdapterSection(Section):
     """`[adapter]`: what is trained."""
 
-    method: Literal["lora-sb", "nested-sb", "lora", "ffa-lora", "fedsa-lora"] = Field(
+    method: Literal["lora-sb", "nested-sb", "lora", "ffa-lora", "fedsa-lora", "hetlora", "flexlora"] = Field(
         "lora-sb", description="the way of adapting, a row of docs/methods.md"
     )
     rank: PositiveInt = Field(64, description="r: a core has r x r numbers, LoRA's factors r x in and out x r")
@@ -138,7 +139,7 @@ class TrainSection(Section):
     learning_rate: PositiveFloat | Literal["auto"] = Field(
         "auto",
         description="AdamW's learning rate; `auto`: 0.64 / rank, with a `public` or `sketch` basis 0.32 / rank "
-        "(as for rank 16 below it); of `lora` and `fedsa-lora` 2e-3, of `ffa-lora` 4e-3",
+        "(as for rank 16 below it); of `ffa-lora` 4e-3, of the other LoRAs 2e-3",
     )
     head_learning_rate: PositiveFloat = Field(
         5e-3, description="AdamW's learning rate for a classification head that is trained along"

@@ -18,6 +18,7 @@ from flwr.serverapp.strategy import Strategy
 from fedsb.adapters.state import Layout
 from fedsb.aggregation.checks import Strikes, check_equal, check_size, check_weight
 from fedsb.aggregation.error import AggregationError
+from fedsb.aggregation.factors import mean_of
 from fedsb.aggregation.mean import Mean
 from fedsb.aggregation.private import PrivateMean
 from fedsb.config import RunConfig
@@ -116,7 +117,7 @@ class FedSB(Shares, Strategy):
         if self.config.privacy.unit == "client":
             return self._aggregate_private(server_round, replies)
         federation = self.config.federation
-        mean, losses = Mean(self.layout.size), Mean(1)
+        mean, losses = mean_of(self.config.adapter.method, self.layout), Mean(1)
         if self.error:
             self.error.start()
         for client, reply in self.accepted(server_round, replies):

@@ -6,6 +6,7 @@ from fedsb.adapters.lora import LORA
 from fedsb.adapters.lora_sb import LORA_SB
 from fedsb.adapters.method import Method
 from fedsb.adapters.nested_sb import NESTED_SB
+from fedsb.adapters.ranks_lora import FLEXLORA, HETLORA
 
 METHODS: dict[str, Method] = {
     "lora-sb": LORA_SB,
@@ -13,4 +14,6 @@ METHODS: dict[str, Method] = {
     "ffa-lora": FFA_LORA,
     "nested-sb": NESTED_SB,
     "fedsa-lora": FEDSA_LORA,
+    "hetlora": HETLORA,
+    "flexlora": FLEXLORA,
 }

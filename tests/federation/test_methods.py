@@ -135,19 +135,25 @@ def test_the_aggregation_error_is_that_of_the_dense_updates(method: str, llama: 
     if METHODS[method].exact:
         assert exact < 1e-6 and summary["aggregation_error"] < 1e-6
     else:
-        assert exact > 1e-3
+        assert exact > (1e-4 if method == "flexlora" else 1e-3)
         assert summary["aggregation_error"] == pytest.approx(exact, rel=0.5)  # four probes
 
 
 @EVERY
 def test_one_client_alone_is_local_training(method: str, llama: str, words: str, tmp_path: Path) -> None:
-    run = config(llama, words, method, federation={"clients": 1, "rounds": 2})
+    rounds = 1 if method == "flexlora" else 2  # of which only the product of the factors is kept
+    run = config(llama, words, method, federation={"clients": 1, "rounds": rounds})
     federate(run, tmp_path)
     session = started(run)
     site, vector = Site("client-0", 0, tmp_path), session.base_vector()
-    for number in (1, 2):
+    for number in range(1, rounds + 1):
         vector = session.train(site, vector, round_plan(run, number)).vector
     whole = session.layout.unflatten(vector)
+    if method == "flexlora":
+        expected, found = dense(run, whole), dense(run, final_state(tmp_path))
+        for layer, update in expected.items():
+            torch.testing.assert_close(found[layer], update, rtol=1e-4, atol=1e-7)
+        return
     assert equal({name: whole[name] for name in final_state(tmp_path)}, final_state(tmp_path))
     assert whole.keys() - final_state(tmp_path).keys() == set(session.kept)
 
