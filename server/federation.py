@@ -216,7 +216,7 @@ class Federation:
         exchange = Exchange(self.grid, self.config.federation.round_seconds)
         order = strategy.order(rounds)
         messages = {
-            name: order_message(node, PERSONALISE, order, strategy.share_of(name, state))
+            name: order_message(node, PERSONALISE, order, strategy.sent_to(name, state))
             for name, node in sorted((n, i) for i, n in missing.items())
         }
         strategy.expect_personal(state, self.trained)

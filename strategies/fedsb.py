@@ -107,7 +107,7 @@ class FedSB(Shares, Strategy):
         nodes, self.wanted = self.sample(server_round)
         self.expect(arrays, round_plan(self.config, server_round), self.config.federation.wire_dtype)
         order = self.order(server_round)
-        return [order_message(node, TRAIN, order, self.share_of(self.roster[node], arrays)) for node in nodes]
+        return [order_message(node, TRAIN, order, self.sent_to(self.roster[node], arrays)) for node in nodes]
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The exact mean of the cores that pass their checks; None if fewer than `min_clients` do.
@@ -176,7 +176,7 @@ class FedSB(Shares, Strategy):
         which = str(config["which"])
         order, told = self.order(server_round, which), "global" in which.split(",")
         return [
-            order_message(node, EVALUATE, order, self.share_of(name, arrays) if told else None)
+            order_message(node, EVALUATE, order, self.sent_to(name, arrays) if told else None)
             for name, node in sorted((n, i) for i, n in self.roster.items())
         ]
 

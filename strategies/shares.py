@@ -47,7 +47,7 @@ class Shares:
         """Which numbers of the server's state travel to and from a client."""
         return share_of(self.layout, self.config.adapter.method, self.config.rank_of(client), kept=True)
 
-    def share_of(self, client: str, arrays: ArrayRecord) -> ArrayRecord:
+    def sent_to(self, client: str, arrays: ArrayRecord) -> ArrayRecord:
         """A client's share of the server's state; the same record if that is all of it."""
         share = self.share(client)
         if share.index is None:
