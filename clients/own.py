@@ -59,7 +59,7 @@ def _newest(session: Session, site: Site, server_round: int) -> int:
     if load_tensors(_file(session, site, min(rounds)))[1].get(BEFORE) != "0":
         raise StoreError(
             f"{site.name} is asked for round {server_round} and has kept its own part of rounds {min(rounds)} to {max(rounds)} "
-            f"alone; start the run anew under another seed or name, or delete {_folder(session, site)} and begin with B = 0"
+            f"alone; begin anew under another name, or delete the site's {_folder(session, site).name} and begin with B = 0"
         )
     return 0
 

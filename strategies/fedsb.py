@@ -10,7 +10,6 @@ import random
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -18,7 +17,7 @@ from flwr.serverapp.strategy import Strategy
 from fedsb.adapters.state import Layout
 from fedsb.aggregation.checks import Strikes, check_equal, check_size, check_weight
 from fedsb.aggregation.error import AggregationError
-from fedsb.aggregation.factors import mean_of
+from fedsb.aggregation.factors import mean_of, padded
 from fedsb.aggregation.mean import Mean
 from fedsb.aggregation.private import PrivateMean
 from fedsb.config import RunConfig
@@ -134,8 +133,7 @@ class FedSB(Shares, Strategy):
             mean.add(vector, weight, index)
             losses.add(vector.new_tensor([loss]), weight)
             if self.error:
-                trained = vector if index is None else torch.zeros_like(vector).index_copy_(0, index, vector[index])
-                self.error.add(self.layout.unflatten(trained), weight)
+                self.error.add(self.layout.unflatten(padded(vector, index)), weight)
             told = {} if self.private else {"examples": examples, "loss": loss, "seconds": seconds}
             self.tell("reply", round=server_round, client=client, norm=norm, **told)
             if federation.over_sample > 1 and mean.count == self.wanted:

@@ -22,9 +22,9 @@ class PaddedMean(Mean):
 
     def add(self, vector: Tensor, weight: float = 1.0, index: Tensor | None = None) -> None:
         """Count one client's vector (size,); what is not at `index` counts as zero."""
-        padded = _padded(vector, index)
-        square = sum(float(((b.T @ b) * (a @ a.T)).sum()) for b, a in _factors(self.layout, padded).values())
-        super().add(padded, weight * max(square**0.5, LEAST))
+        whole = padded(vector, index)
+        square = sum(float(((b.T @ b) * (a @ a.T)).sum()) for b, a in _factors(self.layout, whole).values())
+        super().add(whole, weight * max(square**0.5, LEAST))
 
 
 class FactorMean(Mean):
@@ -42,9 +42,9 @@ class FactorMean(Mean):
 
     def add(self, vector: Tensor, weight: float = 1.0, index: Tensor | None = None) -> None:
         """Count one client's vector (size,); what is not at `index` counts as zero."""
-        padded = _padded(vector, index)
-        super().add(padded, weight)  # for a head
-        for layer, (b, a) in _factors(self.layout, padded).items():
+        whole = padded(vector, index)
+        super().add(whole, weight)  # for a head
+        for layer, (b, a) in _factors(self.layout, whole).items():
             held = a.any(1)
             b, a = b[:, held] * weight, a[held]
             if layer in self._stacks:
@@ -74,7 +74,8 @@ def mean_of(method: str, layout: Layout) -> Mean:
     return means[method](layout) if method in means else Mean(layout.size)
 
 
-def _padded(vector: Tensor, index: Tensor | None) -> Tensor:
+def padded(vector: Tensor, index: Tensor | None) -> Tensor:
+    """A state (size,) with zeros where `index` does not point; None: the state itself."""
     return vector if index is None else torch.zeros_like(vector).index_copy_(0, index, vector[index])
 
 
