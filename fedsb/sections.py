@@ -169,6 +169,21 @@ class FederationSection(Section):
     round_seconds: PositiveFloat = Field(3600.0, description="longest wait for the replies of one round, s")
 
 
+class StrategySection(Section):
+    """`[strategy]`: what the server makes of the clients' states in a round; docs/strategies.md says what each is and costs."""
+
+    name: Literal["fedavg", "trimmed-mean", "median", "krum", "multi-krum"] = Field(
+        "fedavg", description="a row of docs/strategies.md; `fedavg`: the mean, weighted by `federation.weighting`"
+    )
+    trim: Annotated[float, Field(gt=0, lt=0.5)] = Field(
+        0.2, description="share of the values of each number that is cut off on each side (only `trimmed-mean`)"
+    )
+    hostile: PositiveInt = Field(
+        1, description="clients a round that may be hostile without deciding the result (only `krum`, `multi-krum`)"
+    )
+    keep: PositiveInt = Field(2, description="states whose mean is the result (only `multi-krum`)")
+
+
 class PersonalSection(Section):
     """`[personal]`: how each client goes on from the global core on its own data."""
 

@@ -51,7 +51,7 @@ from strategies.records import (
     unpack_state,
 )
 from strategies.rounds import Exchange, RoundResult, Traffic, wait_for_nodes
-from strategies.secure import SecureFedSB
+from strategies.table import strategy_of
 
 
 class Federation:
@@ -154,7 +154,7 @@ class Federation:
         """Step 2's strategy."""
         method, probes = METHODS[self.config.adapter.method], seeded(self.config.seed, "probe")
         error = AggregationError(method, basis, self.shapes, scale_of(self.config), probes)
-        kind = SecureFedSB if self.config.privacy.secure_sum else FedSB
+        kind = strategy_of(self.config)
         return kind(self.config, self.layout, basis.fingerprint, self.roster, self.strikes, error, self.journal.tell)
 
     def restore_or_start(self, basis: Basis) -> tuple[int, ArrayRecord]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fedsb.adapters.state import HEAD, Layout
 from fedsb.aggregation.checks import Reach, Strikes, check_equal, check_size, check_vector, check_weight
 from fedsb.aggregation.error import AggregationError
-from fedsb.aggregation.mean import Mean
+from fedsb.aggregation.mean import Aggregate, Mean
 from fedsb.aggregation.private import PrivateMean
 from fedsb.config import RunConfig
 from fedsb.errors import ReplyError
@@ -131,7 +131,7 @@ class FedSB(Strategy):
         if self.config.privacy.unit == "client":
             return self._aggregate_private(server_round, replies)
         federation = self.config.federation
-        mean, losses = Mean(self.layout.size), Mean(1)
+        mean, losses = self.mean(), Mean(1)
         self.error.start()
         for client, reply in self.accepted(server_round, replies, self.layout.size):
             try:
@@ -154,9 +154,17 @@ class FedSB(Strategy):
             return None, None
         average = mean.result()
         record = pack_state(average, self.config.federation.wire_dtype)
-        distance = self.error.result(self.layout.unflatten(unpack_state(record)))  # of what the clients will get
+        distance = self.distance(record)
         metrics = MetricRecord({LOSS: float(losses.result()), "aggregation-error": distance, "clients": mean.count})
         return record, metrics
+
+    def mean(self) -> Aggregate:
+        """What makes one state of a round's states, empty."""
+        return Mean(self.layout.size)
+
+    def distance(self, mean: ArrayRecord) -> float:
+        """The aggregation error of a round's mean, as it travels; NaN where an aggregate is not meant to be the mean."""
+        return self.error.result(self.layout.unflatten(unpack_state(mean)))
 
     def _aggregate_private(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord]:
         """The mean under privacy by client. However few answer there is one, since how many do is private."""

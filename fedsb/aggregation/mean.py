@@ -4,12 +4,28 @@ For LoRA-SB this mean is exact: mean(B·R_i·A) = B·mean(R_i)·A, since B and A
 arXiv 2502.15436, equation 4).
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from fedsb.errors import FederationError
 
 BLOCK = 1 << 15  # numbers added at a time: their fp64 copy stays in the cache, and torch starts no threads for so few
+
+
+class Aggregate(Protocol):
+    """What makes one vector of clients' vectors that are counted one by one."""
+
+    @property
+    def count(self) -> int:
+        """How many were counted."""
+
+    def add(self, vector: Tensor, weight: float = 1.0) -> None:
+        """Count one client's vector (size,)."""
+
+    def result(self) -> Tensor:
+        """The aggregate (size,), fp32."""
 
 
 class Mean:

@@ -1,0 +1,20 @@
+"""The table of strategies: the names that `strategy.name` has, and the class of each."""
+
+from fedsb.config import RunConfig
+from strategies.fedsb import FedSB
+from strategies.robust import Krum, Median, MultiKrum, TrimmedMean
+from strategies.secure import SecureFedSB
+
+STRATEGIES: dict[str, type[FedSB]] = {
+    "fedavg": FedSB,
+    "trimmed-mean": TrimmedMean,
+    "median": Median,
+    "krum": Krum,
+    "multi-krum": MultiKrum,
+}
+SECURE: dict[str, type[FedSB]] = {"fedavg": SecureFedSB}  # the same under a secure sum; the configuration refuses the others
+
+
+def strategy_of(config: RunConfig) -> type[FedSB]:
+    """The strategy of a run."""
+    return (SECURE if config.privacy.secure_sum else STRATEGIES)[config.strategy.name]

@@ -1,0 +1,146 @@
+"""Whole runs with strategies other than the mean."""
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from flwr.app import Message
+
+from clients.session import Session
+from fedsb.adapters.methods import METHODS
+from fedsb.config import RunConfig
+from fedsb.errors import ConfigError, FederationError
+from fedsb.sections import StrategySection
+from fedsb.training.loop import largest_update, round_plan
+from strategies.records import ARRAYS, TRAIN, pack_state, unpack_state
+from strategies.table import SECURE, STRATEGIES
+from tests.federation.tiny import classification, config_of, equal, events, federate, final_state, table
+from tests.federation.twisted import Twist, failure, twisted
+
+ROBUST = ("trimmed-mean", "median", "krum", "multi-krum")
+
+
+def config(llama: str, words: str, name: str, **sections: Any) -> RunConfig:
+    """Three clients of the tiny federation, or as many as the strategy needs."""
+    federation: dict[str, Any] = {}
+    if name in ROBUST:
+        federation |= {"weighting": "uniform", "clients": 5, "min_clients": 5}
+    settings = {"trim": 0.2, "keep": 2} | sections.pop("strategy", {})
+    federation |= sections.pop("federation", {})
+    return config_of(table(llama, words, strategy={"name": name, **settings}, federation=federation, **sections))
+
+
+def loss(summary: dict[str, Any], which: str) -> float:
+    return sum(score["loss"] * score["n"] for score in summary["evaluation"][which].values())
+
+
+def test_the_table_has_what_the_configuration_names() -> None:
+    names = get_args(StrategySection.model_fields["name"].annotation)
+    assert set(names) == set(STRATEGIES) and set(SECURE) <= set(names)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_it_trains_with_every_method(name: str, method: str, llama: str, words: str, out: Path) -> None:
+    run = config(llama, words, name, adapter={"method": method}, data={"partition": "iid"})
+    summary = federate(run, out)
+    assert summary["strategy"] == name and summary["method"] == method
+    assert loss(summary, "global") < loss(summary, "base")
+    assert (summary["aggregation_error"] is None) == (name in ROBUST)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_it_trains_a_head(name: str, bert: str, labels: str, out: Path) -> None:
+    settings = config("m", "jsonl:w", name)
+    sections = {key: getattr(settings, key).model_dump(exclude_none=True) for key in ("strategy", "federation")}
+    federate(config_of(classification(bert, labels, data={"partition": "iid"}, **sections)), out)
+    assert final_state(out)["head.classifier.bias"].abs().min() > 0
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_rounding_on_the_wire_is_all_that_bf16_changes(name: str, llama: str, words: str, tmp_path: Path) -> None:
+    states = []
+    for wire in ("fp32", "bf16"):
+        run = config(llama, words, name, federation={"wire_dtype": wire, "rounds": 1}, personal={"steps": 0})
+        federate(run, tmp_path / wire)
+        states.append(final_state(tmp_path / wire))
+    for key, exact in states[0].items():
+        torch.testing.assert_close(states[1][key], exact, rtol=2e-2, atol=2e-3)
+
+
+def test_one_hostile_client_within_all_bounds_turns_only_the_mean_round(llama: str, words: str, tmp_path: Path) -> None:
+    """Five clients; the reply of one passes every check and goes as far as steps can go, the other way than the four others'.
+
+    Progress: how far the result goes toward the honest clients' mean, which is 1. The mean of all five is on the wrong side.
+    """
+    progress = {}
+    for name in ("fedavg", *ROBUST):
+        sections: dict[str, Any] = {
+            "data": {"partition": "iid"},
+            "personal": {"steps": 0},
+            "train": {"steps": 40, "learning_rate": 0.3, "warmup_steps": 0, "microbatch": 4},
+            "federation": {"rounds": 1, "clients": 5, "weighting": "uniform"},
+        }
+        run, folder, honest = config(llama, words, name, **sections), tmp_path / name, list[torch.Tensor]()
+        most = largest_update(round_plan(run, 1))[0]
+
+        def twist(
+            kind: str, client: int, reply: Message, honest: list[torch.Tensor] = honest, most: float = most
+        ) -> list[Message]:
+            if kind == TRAIN and client == 4:
+                reply.content[ARRAYS] = pack_state(-most * torch.stack(honest).mean(0).sign(), "fp32")
+            elif kind == TRAIN:
+                honest.append(unpack_state(reply.content[ARRAYS]))
+            return [reply]
+
+        federate(run, folder, grid=twisted(run, folder, twist))
+        assert not events(folder, "refused") and len(events(folder, "reply")) == 5
+        right, found = torch.stack(honest).mean(0), Session(run).layout.flatten(final_state(folder))
+        progress[name] = float(found @ right / right.square().sum())
+    assert progress["fedavg"] < 0, progress
+    assert all(progress[name] > 0.4 for name in ROBUST), progress
+
+
+@pytest.mark.parametrize("name", ROBUST)
+def test_a_round_with_fewer_than_promised_does_not_count(name: str, llama: str, words: str, out: Path) -> None:
+    run = config(llama, words, name)
+    twist: Twist = lambda kind, client, reply: [failure(reply) if (kind, client) == (TRAIN, 2) else reply]  # noqa: E731
+    with pytest.raises(FederationError, match="round 1: too few usable replies"):
+        federate(run, out, grid=twisted(run, out, twist))
+
+
+@pytest.mark.parametrize("name", ROBUST)
+def test_robust_strategies_take_replies_that_are_private_by_record(name: str, bert: str, labels: str, out: Path) -> None:
+    settings = config("m", "jsonl:w", name)
+    sections = {key: getattr(settings, key).model_dump(exclude_none=True) for key in ("strategy", "federation")}
+    privacy = {"unit": "record", "epsilon": 8.0}
+    federate(config_of(classification(bert, labels, data={"partition": "iid"}, privacy=privacy, **sections)), out)
+    assert len(events(out, "round")) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "sections", "said"),
+    [
+        ("median", {"federation": {"weighting": "examples"}}, 'counts each client once; set federation.weighting = "uniform"'),
+        (
+            "median",
+            {"federation": {"min_clients": 2}},
+            "takes 3 clients or more; set federation.min_clients = 3",
+        ),
+        ("krum", {"strategy": {"hostile": 2}}, "strategy.hostile = 2 takes 7 clients or more; set federation.min_clients = 7"),
+        ("multi-krum", {"strategy": {"keep": 3}}, "strategy.keep is at most .* = 2; lower it"),
+        ("trimmed-mean", {"strategy": {"trim": 0.1}}, "strategy.trim = 0.1 takes 10 clients or more"),
+        ("krum", {"privacy": {"secure_sum": True}}, "looks at single states, which privacy.secure_sum hides; use another"),
+        ("median", {"privacy": {"unit": "client", "noise_multiplier": 1.0}}, "has no bounded sensitivity"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_before_training(name: str, sections: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=f'strategy.name = "{name}".*{said}'):
+        config("model", "jsonl:words", name, **sections)
+
+
+def test_the_mean_is_still_the_default(llama: str, words: str, tmp_path: Path) -> None:
+    federate(config_of(table(llama, words)), tmp_path / "unsaid")
+    federate(config(llama, words, "fedavg"), tmp_path / "said")
+    assert equal(final_state(tmp_path / "unsaid"), final_state(tmp_path / "said"))
