@@ -172,8 +172,18 @@ class FederationSection(Section):
 class StrategySection(Section):
     """`[strategy]`: what the server makes of the clients' states in a round; docs/strategies.md says what each is and costs."""
 
-    name: Literal["fedavg", "trimmed-mean", "median", "krum", "multi-krum"] = Field(
+    name: Literal["fedavg", "fedadam", "fedyogi", "fedadagrad", "trimmed-mean", "median", "krum", "multi-krum"] = Field(
         "fedavg", description="a row of docs/strategies.md; `fedavg`: the mean, weighted by `federation.weighting`"
+    )
+    rate: PositiveFloat = Field(0.1, description="the server's learning rate (only `fedadam`, `fedyogi`, `fedadagrad`)")
+    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.9, description="how much of the first moment is kept a round (only `fedadam`, `fedyogi`, `fedadagrad`)"
+    )
+    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.99, description="how much of the second moment is kept a round (only `fedadam`, `fedyogi`)"
+    )
+    tau: PositiveFloat = Field(
+        1e-3, description="what is added to the root of the second moment (only `fedadam`, `fedyogi`, `fedadagrad`)"
     )
     trim: Annotated[float, Field(gt=0, lt=0.5)] = Field(
         0.2, description="share of the values of each number that is cut off on each side (only `trimmed-mean`)"

@@ -155,7 +155,10 @@ class Federation:
         method, probes = METHODS[self.config.adapter.method], seeded(self.config.seed, "probe")
         error = AggregationError(method, basis, self.shapes, scale_of(self.config), probes)
         kind = strategy_of(self.config)
-        return kind(self.config, self.layout, basis.fingerprint, self.roster, self.strikes, error, self.journal.tell)
+        strategy = kind(self.config, self.layout, basis.fingerprint, self.roster, self.strikes, error, self.journal.tell)
+        if self.last:
+            strategy.memory, strategy.notes = dict(self.last.memory), dict(self.last.progress["strategy"])
+        return strategy
 
     def restore_or_start(self, basis: Basis) -> tuple[int, ArrayRecord]:
         """The last finished round and its state; before the first round, the core at the start."""
@@ -192,8 +195,9 @@ class Federation:
         state = self.layout.unflatten(unpack_state(result.arrays))
         basis = self._stored_basis()
         progress = {"bytes": vars(self.traffic), "history": self.history, "strikes": self.strikes.counts}
-        digest, model = self.config.digest(), self.source.sha256
-        checkpoint.save(self.folder, checkpoint.Checkpoint(result.round, state, digest, basis, model, progress))
+        progress["strategy"] = result.notes
+        digest, model, memory = self.config.digest(), self.source.sha256, dict(result.memory)
+        checkpoint.save(self.folder, checkpoint.Checkpoint(result.round, state, digest, basis, model, progress, memory))
         self._name("silent", result.round, result.silent)
         self._name("late", result.round, result.late)
         self.journal.tell("round", rounds=self.config.federation.rounds, **entry)

@@ -28,6 +28,7 @@ from fedsb.privacy.noise import KeyStream
 from fedsb.training.loop import Plan, largest_update, round_plan
 from strategies.records import (
     ARRAYS,
+    DTYPES,
     EVALUATE,
     EXACT_MATCH,
     EXAMPLES,
@@ -79,6 +80,8 @@ class FedSB(Strategy):
         self.private = config.privacy.unit != "none"
         self.stream = KeyStream()
         self.exchanges: list[Exchange] = []  # of the round, besides that of training
+        self.memory: dict[str, Tensor] = {}  # what a strategy remembers from round to round; a checkpoint holds it
+        self.notes: dict[str, Any] = {}  # the same, as JSON
 
     def order(self, server_round: int, which: str = "", members: int = 0) -> Order:
         """What clients are told in a round."""
@@ -153,18 +156,21 @@ class FedSB(Strategy):
         if mean.count < federation.min_clients:
             return None, None
         average = mean.result()
-        record = pack_state(average, self.config.federation.wire_dtype)
-        distance = self.distance(record)
+        distance = self.distance(average)
         metrics = MetricRecord({LOSS: float(losses.result()), "aggregation-error": distance, "clients": mean.count})
-        return record, metrics
+        return pack_state(self.step(average, server_round), federation.wire_dtype), metrics
 
     def mean(self) -> Aggregate:
         """What makes one state of a round's states, empty."""
         return Mean(self.layout.size)
 
-    def distance(self, mean: ArrayRecord) -> float:
-        """The aggregation error of a round's mean, as it travels; NaN where an aggregate is not meant to be the mean."""
-        return self.error.result(self.layout.unflatten(unpack_state(mean)))
+    def step(self, average: Tensor, server_round: int) -> Tensor:
+        """The new global state (size,), of a round's mean; this is called once a round that counts."""
+        return average
+
+    def distance(self, average: Tensor) -> float:
+        """The aggregation error of a round's mean in the dtype in which it travels; NaN where it is not meant to be the mean."""
+        return self.error.result(self.layout.unflatten(average.to(DTYPES[self.config.federation.wire_dtype])))
 
     def _aggregate_private(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord]:
         """The mean under privacy by client. However few answer there is one, since how many do is private."""
@@ -178,7 +184,7 @@ class FedSB(Strategy):
                 continue
             mean.add(vector)
             self.tell("reply", round=server_round, client=client, norm=norm)
-        record = pack_state(mean.result(), federation.wire_dtype)
+        record = pack_state(self.step(mean.result(), server_round), federation.wire_dtype)
         return record, MetricRecord({LOSS: math.nan, "aggregation-error": math.nan, "clients": mean.count})
 
     def told(self, reply: Message) -> tuple[float, float, float]:

@@ -7,7 +7,7 @@ enough for what is promised.
 import math
 from functools import partial
 
-from flwr.app import ArrayRecord
+from torch import Tensor
 
 from fedsb.aggregation.mean import Aggregate
 from fedsb.aggregation.robust import Gathered, krum, median, trimmed_mean
@@ -17,7 +17,7 @@ from strategies.fedsb import FedSB
 class Robust(FedSB):
     """A strategy whose result is not meant to be the mean, so no aggregation error is told."""
 
-    def distance(self, mean: ArrayRecord) -> float:
+    def distance(self, average: Tensor) -> float:
         """NaN."""
         return math.nan
 

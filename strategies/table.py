@@ -1,18 +1,24 @@
 """The table of strategies: the names that `strategy.name` has, and the class of each."""
 
+from fedsb.aggregation.optimiser import OPTIMISERS
 from fedsb.config import RunConfig
 from strategies.fedsb import FedSB
+from strategies.optimised import FedOpt, SecureFedOpt
 from strategies.robust import Krum, Median, MultiKrum, TrimmedMean
 from strategies.secure import SecureFedSB
 
 STRATEGIES: dict[str, type[FedSB]] = {
     "fedavg": FedSB,
+    **dict.fromkeys(OPTIMISERS, FedOpt),
     "trimmed-mean": TrimmedMean,
     "median": Median,
     "krum": Krum,
     "multi-krum": MultiKrum,
 }
-SECURE: dict[str, type[FedSB]] = {"fedavg": SecureFedSB}  # the same under a secure sum; the configuration refuses the others
+SECURE: dict[str, type[FedSB]] = {  # the same under a secure sum; the configuration refuses the others
+    "fedavg": SecureFedSB,
+    **dict.fromkeys(OPTIMISERS, SecureFedOpt),
+}
 
 
 def strategy_of(config: RunConfig) -> type[FedSB]:

@@ -1,5 +1,6 @@
 """Whole runs with strategies other than the mean."""
 
+import shutil
 from pathlib import Path
 from typing import Any, get_args
 
@@ -7,15 +8,19 @@ import pytest
 import torch
 from flwr.app import Message
 
+from clients import session
 from clients.session import Session
 from fedsb.adapters.methods import METHODS
+from fedsb.aggregation.optimiser import OPTIMISERS
 from fedsb.config import RunConfig
-from fedsb.errors import ConfigError, FederationError
+from fedsb.errors import CheckpointError, ConfigError, FederationError
 from fedsb.sections import StrategySection
+from fedsb.store.files import read_events, read_json, write_json
+from fedsb.store.tensors import load_tensors
 from fedsb.training.loop import largest_update, round_plan
 from strategies.records import ARRAYS, TRAIN, pack_state, unpack_state
 from strategies.table import SECURE, STRATEGIES
-from tests.federation.tiny import classification, config_of, equal, events, federate, final_state, table
+from tests.federation.tiny import assert_same_run, classification, config_of, equal, events, federate, final_state, table
 from tests.federation.twisted import Twist, failure, twisted
 
 ROBUST = ("trimmed-mean", "median", "krum", "multi-krum")
@@ -29,6 +34,69 @@ def config(llama: str, words: str, name: str, **sections: Any) -> RunConfig:
     settings = {"trim": 0.2, "keep": 2} | sections.pop("strategy", {})
     federation |= sections.pop("federation", {})
     return config_of(table(llama, words, strategy={"name": name, **settings}, federation=federation, **sections))
+
+
+class Killed(BaseException):
+    """Stands for kill -9."""
+
+
+def killed_and_resumed(run: RunConfig, folder: Path, rounds: int, replies: int = 1) -> None:
+    """A run killed after so many finished rounds and so many replies more, and resumed by another process, so to speak."""
+
+    def die(kind: str, client: int, reply: Message) -> list[Message]:
+        told = [event["event"] for event in read_events(folder / "events.jsonl")]
+        if kind == TRAIN and told.count("round") == rounds and told[::-1].index("round") > replies + 1:
+            raise Killed
+        return [reply]
+
+    session.open_session.cache_clear()
+    with pytest.raises(Killed):
+        federate(run, folder, grid=twisted(run, folder, die))
+    session.open_session.cache_clear()
+    federate(run, folder, resume=True)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_killed_and_resumed_is_as_if_uninterrupted(name: str, llama: str, words: str, tmp_path: Path) -> None:
+    run = config(llama, words, name, federation={"rounds": 4})
+    federate(run, tmp_path / "whole")
+    killed_and_resumed(run, tmp_path / "cut", rounds=2)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_what_a_server_remembers_is_in_its_checkpoints(name: str, llama: str, words: str, tmp_path: Path) -> None:
+    """And it counts: without it a resumed run ends elsewhere. A torn one is named."""
+    run = config(llama, words, name, federation={"rounds": 2}, personal={"steps": 0})
+    federate(run, tmp_path / "whole")
+    memory = load_tensors(tmp_path / "whole/checkpoints/round-0002/memory.safetensors")[0]
+    assert set(memory) == {"m", "v"} and all(tensor.any() for tensor in memory.values())
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut/checkpoints/round-0002")
+    torn = tmp_path / "cut/checkpoints/round-0001/memory.safetensors"
+    torn.unlink()
+    with pytest.raises(CheckpointError, match=r"round-0001/memory\.safetensors: is missing, torn"):
+        federate(run, tmp_path / "cut", resume=True)
+    record = torn.with_name("round.json")
+    write_json(record, read_json(record) | {"memory_sha256": None})
+    federate(run, tmp_path / "cut", resume=True)
+    assert not equal(final_state(tmp_path / "whole"), final_state(tmp_path / "cut"))
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("privacy", [{"secure_sum": True}, {"unit": "client", "noise_multiplier": 1e-6, "clip_norm": 1.0}])
+def test_a_servers_optimiser_after_a_secure_or_private_mean(
+    privacy: dict[str, Any], name: str, llama: str, words: str, tmp_path: Path
+) -> None:
+    """What the sum is rounded by, or almost no noise, is all that differs from the plain mean."""
+    federation = {"weighting": "uniform", "rounds": 2}
+    for folder, section in (("plain", {}), ("protected", privacy)):
+        sections = {"federation": federation, "privacy": section, "strategy": {"tau": 0.1, "rate": 1.0}, "personal": {"steps": 0}}
+        federate(config(llama, words, name, **sections), tmp_path / folder)
+    plain, protected = final_state(tmp_path / "plain"), final_state(tmp_path / "protected")
+    for key, exact in plain.items():
+        torch.testing.assert_close(protected[key], exact, atol=1e-3, rtol=1e-2)
+    assert max(float(t.abs().max()) for t in plain.values()) > 0.02
 
 
 def loss(summary: dict[str, Any], which: str) -> float:
