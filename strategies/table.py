@@ -9,6 +9,7 @@ from strategies.secure import SecureFedSB
 
 STRATEGIES: dict[str, type[FedSB]] = {
     "fedavg": FedSB,
+    "fedprox": FedSB,  # the mean; what differs is the clients' part, `fedsb/training/drift.py`
     **dict.fromkeys(OPTIMISERS, FedOpt),
     "trimmed-mean": TrimmedMean,
     "median": Median,
@@ -17,6 +18,7 @@ STRATEGIES: dict[str, type[FedSB]] = {
 }
 SECURE: dict[str, type[FedSB]] = {  # the same under a secure sum; the configuration refuses the others
     "fedavg": SecureFedSB,
+    "fedprox": SecureFedSB,
     **dict.fromkeys(OPTIMISERS, SecureFedOpt),
 }
 

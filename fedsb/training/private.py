@@ -25,6 +25,7 @@ from fedsb.data.batches import Encoded, Kind, collate
 from fedsb.errors import PrivacyError
 from fedsb.privacy.mechanism import Mechanism
 from fedsb.privacy.noise import KeyStream, add_noise
+from fedsb.training.drift import Proximal
 from fedsb.training.loop import Plan, loss_function, optimiser_of
 
 SLACK = 1 - 2.0**-20  # what rounding in fp32 may add to a norm
@@ -66,7 +67,7 @@ def train_private(
     forbid_mixing(model)
     check_gradients(model, parameters, kind, pad_id)
     loss_of, device = loss_function(kind), next(iter(parameters.values())).device
-    optimiser = optimiser_of(parameters, plan)
+    optimiser, proximal = optimiser_of(parameters, plan), Proximal(parameters, plan.mu)
     expected = mechanism.sample_rate * len(rows)
     model.train()
     torch.manual_seed(int(stream.uniform(1)[0] * 2**53))  # dropout: masks that nobody knows, independent of who is drawn
@@ -81,6 +82,7 @@ def train_private(
                 loss.backward()  # type: ignore[no-untyped-call]
                 add_clipped(sums, parameters, mechanism.clip_norm, len(part))
             put_gradient(parameters, sums, mechanism, stream, expected)
+            proximal.add(parameters)  # knows of no record but by what was released
             for group in optimiser.param_groups:
                 group["lr"] = group["base"] * plan.factor(step)
             optimiser.step()
