@@ -15,7 +15,7 @@ from typing import Any, get_args
 from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor
 
-from clients import secure
+from clients import secure, variates
 from clients.budget import Budget
 from clients.policy import Policy, load_policy
 from clients.session import Session, Site, open_session
@@ -39,6 +39,7 @@ from strategies.records import (
     SECONDS,
     SKETCH,
     TRAIN,
+    VARIATES,
     Identity,
     Order,
     check_versions,
@@ -117,6 +118,13 @@ def train(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
     """One round: the global core in, the locally trained core out."""
     order, session, site = _opened(content, node)
     _check_stage(order, session.config, sketching=False)
+    if session.config.strategy.name == "scaffold":
+        trained, change = variates.train(content, session, site)
+        told = {EXAMPLES: trained.examples, LOSS: trained.loss, SECONDS: trained.seconds}
+        state = pack_state(trained.vector, session.config.federation.wire_dtype)
+        reply = reply_content(_identity(order, session, site), told, state)
+        reply[VARIATES] = change
+        return reply
     if session.config.privacy.secure_sum:
         secure.ready(content, session, site)  # before anything is paid for
     vector, metrics = _train(content, TRAIN, session, site, policy, round_plan(session.config, order.round))

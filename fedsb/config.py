@@ -148,7 +148,12 @@ class RunConfig(Section):
             raise ValueError(
                 f'{name} has no bounded sensitivity, which privacy.unit = "client" builds on; use another, or unit = "record"'
             )
-        if strategy.name in ROBUST and federation.weighting != "uniform":
+        if strategy.name == "scaffold" and (privacy.secure_sum or privacy.unit != "none"):
+            raise ValueError(
+                f"{name} sends control variates, about a client's data, which neither noise nor a secure sum covers; "
+                "use another, or no privacy.unit and privacy.secure_sum"
+            )
+        if strategy.name in (*ROBUST, "scaffold") and federation.weighting != "uniform":
             raise ValueError(f'{name} counts each client once; set federation.weighting = "uniform"')
         least, why = self._least_clients()
         if federation.min_clients < least:

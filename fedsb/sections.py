@@ -172,9 +172,9 @@ class FederationSection(Section):
 class StrategySection(Section):
     """`[strategy]`: what the server makes of the clients' states in a round; docs/strategies.md says what each is and costs."""
 
-    name: Literal["fedavg", "fedprox", "fedadam", "fedyogi", "fedadagrad", "trimmed-mean", "median", "krum", "multi-krum"] = (
-        Field("fedavg", description="a row of docs/strategies.md; `fedavg`: the mean, weighted by `federation.weighting`")
-    )
+    name: Literal[
+        "fedavg", "fedprox", "scaffold", "fedadam", "fedyogi", "fedadagrad", "trimmed-mean", "median", "krum", "multi-krum"
+    ] = Field("fedavg", description="a row of docs/strategies.md; `fedavg`: the mean, weighted by `federation.weighting`")
     mu: PositiveFloat = Field(
         0.01,
         description="weight μ of the proximal term μ/2·‖w - w₀‖² in a client's loss, w₀ being the global state (only `fedprox`)",

@@ -8,7 +8,7 @@ arithmetic of its own.
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -64,6 +64,8 @@ class FedSB(Strategy):
         error: measures the aggregation error on the real matrices.
         tell: called with an event's name and fields, for the journal.
     """
+
+    vectors: ClassVar[int] = 1  # of the size of a state, in a reply
 
     def __init__(
         self,
@@ -136,11 +138,12 @@ class FedSB(Strategy):
         federation = self.config.federation
         mean, losses = self.mean(), Mean(1)
         self.error.start()
-        for client, reply in self.accepted(server_round, replies, self.layout.size):
+        for client, reply in self.accepted(server_round, replies, self.vectors * self.layout.size):
             try:
                 examples, loss, seconds = self.told(reply)
                 check_weight(examples)
                 vector, norm = self.usable(reply)
+                self.also(client, reply)
             except ReplyError as error:
                 self.refuse(server_round, client, error)
                 continue
@@ -163,6 +166,9 @@ class FedSB(Strategy):
     def mean(self) -> Aggregate:
         """What makes one state of a round's states, empty."""
         return Mean(self.layout.size)
+
+    def also(self, client: str, reply: Message) -> None:
+        """Take what else a strategy has in a reply whose state counts. Raises ReplyError, before it does, if that must not."""
 
     def step(self, average: Tensor, server_round: int) -> Tensor:
         """The new global state (size,), of a round's mean; this is called once a round that counts."""

@@ -5,11 +5,13 @@ from fedsb.config import RunConfig
 from strategies.fedsb import FedSB
 from strategies.optimised import FedOpt, SecureFedOpt
 from strategies.robust import Krum, Median, MultiKrum, TrimmedMean
+from strategies.scaffold import Scaffold
 from strategies.secure import SecureFedSB
 
 STRATEGIES: dict[str, type[FedSB]] = {
     "fedavg": FedSB,
     "fedprox": FedSB,  # the mean; what differs is the clients' part, `fedsb/training/drift.py`
+    "scaffold": Scaffold,
     **dict.fromkeys(OPTIMISERS, FedOpt),
     "trimmed-mean": TrimmedMean,
     "median": Median,

@@ -13,7 +13,7 @@ from fedsb.adapters.state import HEAD
 from fedsb.config import RunConfig
 from fedsb.data.batches import Batch, Encoded, Kind, collate, draw
 from fedsb.data.seeds import generator
-from fedsb.training.drift import Proximal
+from fedsb.training.drift import Control, Proximal
 from fedsb.training.loss import causal_loss, classification_loss
 
 FINAL_SHARE = 0.1  # of the learning rate at the end of the linear schedule
@@ -133,12 +133,14 @@ def train(
     pad_id: int,
     seed: int,
     client: str,
+    control: Control | None = None,
 ) -> float:
     """Take the plan's AdamW steps on `parameters` in place and return the mean training loss (nats), without the proximal term.
 
     Args:
         model: the transformers model (not the PEFT wrapper) that holds the parameters.
         rows: the client's training examples; which of them a step takes is drawn from (seed, client, step).
+        control: corrects the gradients (SCAFFOLD), and remembers what they were.
     """
     loss_of, device = loss_function(kind), next(iter(parameters.values())).device
     optimiser, proximal = optimiser_of(parameters, plan), Proximal(parameters, plan.mu)
@@ -158,6 +160,8 @@ def train(
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         proximal.add(parameters)
+        if control:
+            control.add(parameters)
         optimiser.step()
         losses.append(total)
     model.eval()

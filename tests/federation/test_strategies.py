@@ -6,19 +6,21 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 
 from clients import session
-from clients.session import Session
+from clients.answers import answer
+from clients.session import Session, Site
 from fedsb.adapters.methods import METHODS
 from fedsb.aggregation.optimiser import OPTIMISERS
 from fedsb.config import RunConfig
-from fedsb.errors import CheckpointError, ConfigError, FederationError
+from fedsb.errors import CheckpointError, ConfigError, FederationError, FedsbError
 from fedsb.sections import StrategySection
 from fedsb.store.files import read_events, read_json, write_json
 from fedsb.store.tensors import load_tensors
 from fedsb.training.loop import largest_update, round_plan
-from strategies.records import ARRAYS, TRAIN, pack_state, unpack_state
+from fedsb.training.start import build_basis
+from strategies.records import ARRAYS, TRAIN, VARIATES, pack_state, unpack_state
 from strategies.table import SECURE, STRATEGIES
 from tests.federation.tiny import assert_same_run, classification, config_of, equal, events, federate, final_state, table
 from tests.federation.twisted import Twist, failure, twisted
@@ -31,6 +33,8 @@ def config(llama: str, words: str, name: str, **sections: Any) -> RunConfig:
     federation: dict[str, Any] = {}
     if name in ROBUST:
         federation |= {"weighting": "uniform", "clients": 5, "min_clients": 5}
+    if name == "scaffold":
+        federation |= {"weighting": "uniform"}
     settings = {"trim": 0.2, "keep": 2} | sections.pop("strategy", {})
     federation |= sections.pop("federation", {})
     return config_of(table(llama, words, strategy={"name": name, **settings}, federation=federation, **sections))
@@ -199,6 +203,9 @@ def test_robust_strategies_take_replies_that_are_private_by_record(name: str, be
         ("krum", {"strategy": {"hostile": 2}}, "strategy.hostile = 2 takes 7 clients or more; set federation.min_clients = 7"),
         ("multi-krum", {"strategy": {"keep": 3}}, "strategy.keep is at most .* = 2; lower it"),
         ("trimmed-mean", {"strategy": {"trim": 0.1}}, "strategy.trim = 0.1 takes 10 clients or more"),
+        ("scaffold", {"privacy": {"secure_sum": True}}, "sends control variates"),
+        ("scaffold", {"privacy": {"unit": "record", "epsilon": 1.0}}, "sends control variates"),
+        ("scaffold", {"federation": {"weighting": "examples"}}, "counts each client once"),
         ("krum", {"privacy": {"secure_sum": True}}, "looks at single states, which privacy.secure_sum hides; use another"),
         ("median", {"privacy": {"unit": "client", "noise_multiplier": 1.0}}, "has no bounded sensitivity"),
     ],
@@ -206,6 +213,79 @@ def test_robust_strategies_take_replies_that_are_private_by_record(name: str, be
 def test_what_cannot_be_kept_is_refused_before_training(name: str, sections: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=f'strategy.name = "{name}".*{said}'):
         config("model", "jsonl:words", name, **sections)
+
+
+@pytest.mark.parametrize("name", ["fedprox", "scaffold"])
+def test_one_client_alone_is_local_training(name: str, llama: str, words: str, tmp_path: Path) -> None:
+    run = config(llama, words, name, federation={"clients": 1, "rounds": 3}, strategy={"mu": 2.0})
+    federate(run, tmp_path)
+    alone = Session(run)
+    alone.use(build_basis(run, alone.model, alone.tokenizer, alone.device))
+    site, vector = Site("client-0", 0, tmp_path), alone.base_vector()
+    for number in (1, 2, 3):
+        vector = alone.train(site, vector, round_plan(run, number)).vector
+    assert equal(alone.layout.unflatten(vector), final_state(tmp_path))
+    assert (round_plan(run, 1).mu == 2.0) == (name == "fedprox")
+
+
+def test_scaffold_moves_twice_the_bytes_and_other_bits(llama: str, words: str, tmp_path: Path) -> None:
+    plain = federate(config(llama, words, "fedavg", federation={"weighting": "uniform"}), tmp_path / "plain")
+    twice = federate(config(llama, words, "scaffold"), tmp_path / "twice")
+    state = 4 * plain["trainable_parameters"]
+    assert state < twice["bytes"]["up_per_client_round"] - plain["bytes"]["up_per_client_round"] < state + 200
+    assert not equal(final_state(tmp_path / "plain"), final_state(tmp_path / "twice"))
+    one = config(llama, words, "scaffold", federation={"rounds": 1}), config(llama, words, "fedavg", federation={"rounds": 1})
+    federate(one[0], tmp_path / "a")
+    uniform = one[1].federation.model_copy(update={"weighting": "uniform"})
+    federate(one[1].model_copy(update={"federation": uniform}), tmp_path / "b")
+    assert equal(final_state(tmp_path / "a"), final_state(tmp_path / "b")), "in the first round all variates are zero"
+
+
+def test_the_servers_variate_is_the_mean_of_the_clients(llama: str, words: str, tmp_path: Path) -> None:
+    """Also where only some take part in a round, and after a run was killed between a client's file and the checkpoint."""
+    run = config(llama, words, "scaffold", federation={"clients": 4, "rounds": 5, "fraction": 0.5})
+    federate(run, tmp_path / "whole")
+    killed_and_resumed(run, tmp_path / "cut", rounds=2, replies=0)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    last = tmp_path / "cut/checkpoints/round-0005"
+    named = read_json(last / "round.json")["progress"]["strategy"]["variates"]
+    folder = tmp_path / "cut/sites"
+    own = [
+        load_tensors(next(folder.glob(f"{client}/variates/*/{key}.safetensors")))[0]["variate"] for client, key in named.items()
+    ]
+    assert 2 < len(own) <= 4 and all(len(list(f.iterdir())) <= 3 for f in folder.glob("*/variates/*"))
+    common = load_tensors(last / "memory.safetensors")[0]["c"]
+    torch.testing.assert_close(common, torch.stack(own).sum(0) / 4, atol=1e-6, rtol=1e-4)
+
+
+def test_a_question_asked_again_has_the_same_answer_whatever_came_between(llama: str, words: str, tmp_path: Path) -> None:
+    """A client that answers round 3, then round 2 once more, and then round 3: all as at first. A lost variate is named."""
+    run = config(llama, words, "scaffold", federation={"clients": 1, "rounds": 3}, personal={"steps": 0})
+    asked: list[RecordDict] = []
+    grid = twisted(run, tmp_path, lambda kind, client, reply: [reply])
+    push = grid.push_messages
+    grid.push_messages = lambda messages: push(  # type: ignore[method-assign]
+        asked.append(m.content) or m if m.metadata.message_type == TRAIN else m  # type: ignore[func-returns-value]
+        for m in list(messages)
+    )
+    federate(run, tmp_path, grid=grid)
+    node = {"name": "client-0", "partition-id": 0, "num-partitions": 1, "folder": str(tmp_path / "sites")}
+
+    def said(number: int) -> list[torch.Tensor]:
+        reply = answer(TRAIN, asked[number - 1], node)
+        return [unpack_state(reply[key]) for key in (ARRAYS, VARIATES)]
+
+    first = said(3)
+    for number in (2, 3, 2, 3):
+        found = said(number)
+        assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True)) == (number == 3)
+    for file in (tmp_path / "sites").glob("client-0/variates/*/round-0002-*"):
+        file.unlink()
+    with pytest.raises(FedsbError, match="client-0 has lost its control variate"):
+        said(3)
+    asked[2]["config"]["variate"] = "../../x"
+    with pytest.raises(FedsbError, match="asked for the control variate '../../x', which is none"):
+        said(3)
 
 
 def test_the_mean_is_still_the_default(llama: str, words: str, tmp_path: Path) -> None:

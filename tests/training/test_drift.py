@@ -12,7 +12,7 @@ from fedsb.data.batches import draw
 from fedsb.privacy.mechanism import Mechanism
 from fedsb.privacy.noise import KeyStream
 from fedsb.training import private
-from fedsb.training.drift import Proximal
+from fedsb.training.drift import Control, Proximal
 from fedsb.training.loop import Plan, personal_plan, round_plan, train
 from fedsb.training.private import train_private
 from tests import reference
@@ -101,3 +101,62 @@ def test_under_privacy_the_term_is_added_after_clipping_and_noise(monkeypatch: p
     plan, stream = _plan(mu=5.0), KeyStream()
     train_private(model.get_base_model(), parameters_of(model), rows(8), plan, mechanism, stream, kind="causal", pad_id=0)
     assert not added[0].any() and added[1].norm() > 100 * 1e-3, "beyond what clipping would have left"
+
+
+CURVES = (torch.diag(torch.tensor([4.0, 0.5])), torch.tensor([[1.0, 0.4], [0.4, 2.0]]))
+CENTRES = (torch.tensor([3.0, -1.0]), torch.tensor([-2.0, 2.0]))
+OPTIMUM = torch.linalg.solve(CURVES[0] + CURVES[1], CURVES[0] @ CENTRES[0] + CURVES[1] @ CENTRES[1])  # of the mean of both losses
+
+
+def _two_clients(scaffold: bool, rounds: int, steps: int, rate: float, optimiser: Any = torch.optim.SGD) -> float:
+    """How far from the optimum two clients with quadratic losses end, whose own optima and curvatures differ."""
+    x, common = torch.zeros(2), torch.zeros(2)
+    variates = [torch.zeros(2), torch.zeros(2)]
+    for number in range(rounds):
+        ends, changes = [], []
+        for client, (curve, centre) in enumerate(zip(CURVES, CENTRES, strict=True)):
+            parameters = {"w": nn.Parameter(x.clone())}
+            control = Control({"w": variates[client]}, {"w": common})
+            local = optimiser(parameters.values(), lr=rate * (1 - number / rounds) if optimiser is not torch.optim.SGD else rate)
+            for _ in range(steps):
+                local.zero_grad()
+                off = parameters["w"] - centre
+                (0.5 * off @ curve @ off).backward()
+                if scaffold:
+                    control.add(parameters)
+                local.step()
+            end = parameters["w"].detach()
+            ends.append(end)
+            if scaffold:
+                after = control.variate()["w"]
+                if optimiser is torch.optim.SGD:  # option II of the paper
+                    torch.testing.assert_close(
+                        after, variates[client] - common + (x - end) / (steps * rate), atol=1e-4, rtol=1e-3
+                    )
+                changes.append(after - variates[client])
+                variates[client] = after
+        x = torch.stack(ends).mean(0)
+        common = common + torch.stack(changes).mean(0) if scaffold else common
+    return float((x - OPTIMUM).norm())
+
+
+def test_scaffold_reaches_the_optimum_from_which_the_mean_drifts() -> None:
+    """Ten steps of SGD a round: FedAvg ends between the clients' own optima, SCAFFOLD where the mean of the losses is least."""
+    assert _two_clients(False, 200, 10, 0.1) > 0.3
+    assert _two_clients(True, 200, 10, 0.1) < 1e-4
+
+
+def test_scaffold_drifts_less_with_adamw_too() -> None:
+    fedavg, scaffold = (_two_clients(each, 300, 10, 0.05, torch.optim.AdamW) for each in (False, True))
+    assert scaffold < fedavg / 3 and fedavg > 0.2, (scaffold, fedavg)
+
+
+def test_a_control_without_correction_changes_no_bit() -> None:
+    """As of a client that is alone: its own variate and the server's are the same."""
+    plain, controlled = _trained(_plan()), adapted(llama())
+    same_variate = {name: torch.randn_like(t) for name, t in get_state(controlled).items()}
+    control = Control(same_variate, same_variate)
+    settings: dict[str, Any] = {"kind": "causal", "pad_id": 0, "seed": 0, "client": "a", "control": control}
+    train(controlled.get_base_model(), parameters_of(controlled), rows(8), _plan(), **settings)
+    assert same(get_state(plain), get_state(controlled))
+    assert all(tensor.any() for tensor in control.variate().values())
