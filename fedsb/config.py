@@ -153,6 +153,8 @@ class RunConfig(Section):
                 f"{name} sends control variates, about a client's data, which neither noise nor a secure sum covers; "
                 "use another, or no privacy.unit and privacy.secure_sum"
             )
+        if strategy.name == "fedbuff":
+            self._check_buffered(name)
         if strategy.name in (*ROBUST, "scaffold") and federation.weighting != "uniform":
             raise ValueError(f'{name} counts each client once; set federation.weighting = "uniform"')
         least, why = self._least_clients()
@@ -165,6 +167,22 @@ class RunConfig(Section):
             most = federation.min_clients - strategy.hostile - 2
             raise ValueError(f"{name}: strategy.keep is at most federation.min_clients - strategy.hostile - 2 = {most}; lower it")
         return self
+
+    def _check_buffered(self, name: str) -> None:
+        federation, buffer = self.federation, self.strategy.buffer
+        if self.privacy.secure_sum or self.privacy.unit != "none":
+            raise ValueError(
+                f"{name} takes single updates, some clients' more often than others', which no secure sum can hide and no noise "
+                "was planned for; use another, or no privacy.unit and privacy.secure_sum"
+            )
+        if federation.fraction < 1 or federation.over_sample > 1:
+            raise ValueError(
+                f"{name} has strategy.concurrency for federation.fraction and federation.over_sample; leave those at 1"
+            )
+        if federation.min_clients > buffer:
+            raise ValueError(f"{name}: federation.min_clients is more than strategy.buffer = {buffer}; lower it, or raise that")
+        if buffer > federation.clients and self.data.partition != "own":
+            raise ValueError(f"{name}: strategy.buffer = {buffer} is more than federation.clients; lower it")
 
     def _least_clients(self) -> tuple[int, str]:
         """The fewest states of which the strategy keeps what it promises, and by which setting."""

@@ -173,7 +173,17 @@ class StrategySection(Section):
     """`[strategy]`: what the server makes of the clients' states in a round; docs/strategies.md says what each is and costs."""
 
     name: Literal[
-        "fedavg", "fedprox", "scaffold", "fedadam", "fedyogi", "fedadagrad", "trimmed-mean", "median", "krum", "multi-krum"
+        "fedavg",
+        "fedprox",
+        "scaffold",
+        "fedbuff",
+        "fedadam",
+        "fedyogi",
+        "fedadagrad",
+        "trimmed-mean",
+        "median",
+        "krum",
+        "multi-krum",
     ] = Field("fedavg", description="a row of docs/strategies.md; `fedavg`: the mean, weighted by `federation.weighting`")
     mu: PositiveFloat = Field(
         0.01,
@@ -189,6 +199,11 @@ class StrategySection(Section):
     tau: PositiveFloat = Field(
         1e-3, description="what is added to the root of the second moment (only `fedadam`, `fedyogi`, `fedadagrad`)"
     )
+    concurrency: PositiveInt = Field(4, description="clients that are kept at work (only `fedbuff`)")
+    buffer: PositiveInt = Field(
+        2, description="updates after which a round is over, whenever they were asked for (only `fedbuff`)"
+    )
+    max_staleness: NaturalInt = Field(10, description="rounds by which an update may come late and still count (only `fedbuff`)")
     trim: Annotated[float, Field(gt=0, lt=0.5)] = Field(
         0.2, description="share of the values of each number that is cut off on each side (only `trimmed-mean`)"
     )

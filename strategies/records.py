@@ -120,26 +120,24 @@ class Order:
 
     def record(self) -> ConfigRecord:
         """As it travels."""
-        return ConfigRecord(
-            {
-                "run": self.run,
-                "round": self.round,
-                "basis": self.basis,
-                "which": self.which,
-                "versions": self.versions,
-                "members": self.members,
-                "variate": self.variate,
-            }
-        )
+        told: dict[str, str | int] = {
+            "run": self.run,
+            "round": self.round,
+            "basis": self.basis,
+            "which": self.which,
+            "versions": self.versions,
+            "members": self.members,
+        }
+        return ConfigRecord({**told, "variate": self.variate} if self.variate else {**told})
 
     @classmethod
     def of(cls, content: RecordDict) -> "Order":
         """Read the order of a message's content. Raises ReplyError if it has none."""
         try:
             config = content[CONFIG]
-            run, basis, which, versions, variate = (str(config[key]) for key in ("run", "basis", "which", "versions", "variate"))
+            run, basis, which, versions = (str(config[key]) for key in ("run", "basis", "which", "versions"))
             number, members = int(config["round"]), int(config["members"])  # type: ignore[arg-type]
-            return cls(run, number, basis, which, versions, members, variate)
+            return cls(run, number, basis, which, versions, members, str(config.get("variate", "")))
         except (KeyError, TypeError, ValueError) as error:
             raise ReplyError(
                 f"the question lacks {str(error).strip(chr(39))}; use the same version of fedsb everywhere"

@@ -153,7 +153,7 @@ def run_rounds(
     """
     for server_round in range(first, last + 1):
         started = time.monotonic()
-        exchange = Exchange(grid, seconds)
+        exchange = getattr(strategy, "exchange", Exchange)(grid, seconds)
         admit()
         messages = list(strategy.configure_train(server_round, arrays, config(server_round), grid))
         before_round(server_round, len(messages))

@@ -5,8 +5,8 @@
 Karimireddy et al., arXiv 1910.06378, algorithm 1 with option II and ηg = 1. A variate is as large as a state and travels
 each way beside it.
 
-A client's variate stays on its disk, one file for each question (`answer_key`). The server remembers which of them counted and names
-it in the next question, so what a client answers follows from the question and from files that are never changed.
+A client's variate stays on its disk, one file for each question (`answer_key`). The server remembers which of them counted and
+names it in the next question, so what a client answers follows from the question and from files that are never changed.
 """
 
 import hashlib

@@ -2,6 +2,7 @@
 
 from fedsb.aggregation.optimiser import OPTIMISERS
 from fedsb.config import RunConfig
+from strategies.fedbuff import FedBuff
 from strategies.fedsb import FedSB
 from strategies.optimised import FedOpt, SecureFedOpt
 from strategies.robust import Krum, Median, MultiKrum, TrimmedMean
@@ -12,6 +13,7 @@ STRATEGIES: dict[str, type[FedSB]] = {
     "fedavg": FedSB,
     "fedprox": FedSB,  # the mean; what differs is the clients' part, `fedsb/training/drift.py`
     "scaffold": Scaffold,
+    "fedbuff": FedBuff,
     **dict.fromkeys(OPTIMISERS, FedOpt),
     "trimmed-mean": TrimmedMean,
     "median": Median,

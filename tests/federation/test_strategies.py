@@ -22,7 +22,17 @@ from fedsb.training.loop import largest_update, round_plan
 from fedsb.training.start import build_basis
 from strategies.records import ARRAYS, TRAIN, VARIATES, pack_state, unpack_state
 from strategies.table import SECURE, STRATEGIES
-from tests.federation.tiny import assert_same_run, classification, config_of, equal, events, federate, final_state, table
+from tests.federation.tiny import (
+    assert_same_result,
+    assert_same_run,
+    classification,
+    config_of,
+    equal,
+    events,
+    federate,
+    final_state,
+    table,
+)
 from tests.federation.twisted import Twist, failure, twisted
 
 ROBUST = ("trimmed-mean", "median", "krum", "multi-krum")
@@ -49,7 +59,7 @@ def killed_and_resumed(run: RunConfig, folder: Path, rounds: int, replies: int =
 
     def die(kind: str, client: int, reply: Message) -> list[Message]:
         told = [event["event"] for event in read_events(folder / "events.jsonl")]
-        if kind == TRAIN and told.count("round") == rounds and told[::-1].index("round") > replies + 1:
+        if kind == TRAIN and told.count("round") == rounds and told[::-1].index("round") > replies:
             raise Killed
         return [reply]
 
@@ -65,7 +75,10 @@ def test_killed_and_resumed_is_as_if_uninterrupted(name: str, llama: str, words:
     run = config(llama, words, name, federation={"rounds": 4})
     federate(run, tmp_path / "whole")
     killed_and_resumed(run, tmp_path / "cut", rounds=2)
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    if name == "fedbuff":  # what was at work is asked for twice, and counted twice
+        assert_same_result(tmp_path / "whole", tmp_path / "cut")
+    else:
+        assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)
@@ -119,7 +132,7 @@ def test_it_trains_with_every_method(name: str, method: str, llama: str, words: 
     summary = federate(run, out)
     assert summary["strategy"] == name and summary["method"] == method
     assert loss(summary, "global") < loss(summary, "base")
-    assert (summary["aggregation_error"] is None) == (name in ROBUST)
+    assert (summary["aggregation_error"] is None) == (name in (*ROBUST, "fedbuff"))
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
