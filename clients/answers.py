@@ -15,7 +15,7 @@ from typing import Any, get_args
 from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor
 
-from clients import own, secure
+from clients import own, secure, variates
 from clients.budget import Budget
 from clients.policy import Policy, load_policy
 from clients.session import Session, Site, open_session
@@ -25,6 +25,7 @@ from fedsb.errors import FedsbError, PolicyError, PrivacyError
 from fedsb.privacy.clipping import clip
 from fedsb.privacy.mechanism import Mechanism, sketch_mechanism
 from fedsb.store.tensors import load_tensors, save_tensors
+from fedsb.training.drift import Control
 from fedsb.training.loop import Plan, personal_plan, round_plan
 from strategies.records import (
     ARRAYS,
@@ -39,6 +40,7 @@ from strategies.records import (
     SECONDS,
     SKETCH,
     TRAIN,
+    VARIATES,
     Identity,
     Order,
     check_versions,
@@ -121,13 +123,19 @@ def train(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
     _check_stage(order, session.config, sketching=False)
     if session.config.privacy.secure_sum:
         secure.ready(content, session, site)  # before anything is paid for
-    vector, metrics = _train(content, TRAIN, session, site, policy, round_plan(session.config, order.round), order.round)
+    control = variates.control(content, session, site) if session.config.strategy.name == "scaffold" else None
+    plan = round_plan(session.config, order.round)
+    vector, metrics = _train(content, TRAIN, session, site, policy, plan, order.round, control)
     own.keep(session, site, vector, order.round)
     vector = session.share(site).take(vector)
     if session.config.privacy.secure_sum:
         masked = secure.mask(content, session, site, vector - unpack_state(content.get(ARRAYS)))
         return reply_content(_identity(order, session, site), metrics, masked)
-    return reply_content(_identity(order, session, site), metrics, pack_state(vector, session.config.federation.wire_dtype))
+    state = pack_state(vector, session.config.federation.wire_dtype)
+    reply = reply_content(_identity(order, session, site), metrics, state)
+    if control:
+        reply[VARIATES] = variates.change(content, session, site, control)
+    return reply
 
 
 def personalise(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
@@ -217,16 +225,23 @@ def site_of(node: Node, config: RunConfig) -> Site:
 
 
 def _train(
-    content: RecordDict, kind: str, session: Session, site: Site, policy: Policy, plan: Plan, number: int
+    content: RecordDict,
+    kind: str,
+    session: Session,
+    site: Site,
+    policy: Policy,
+    plan: Plan,
+    number: int,
+    control: Control | None = None,
 ) -> tuple[Tensor, dict[str, int | float]]:
     """The whole state after local training, and what is told about it; with privacy nothing is, since it would be about records.
 
-    `number`: of the round; what the client kept to itself is of those before.
+    `number`: of the round; what the client kept to itself is of those before. `control`: corrects gradients, without privacy.
     """
     share, unit = session.share(site), session.config.privacy.unit
     received = own.whole(session, site, unpack_state(content.get(ARRAYS)), number)
     if unit == "none" or (unit == "client" and kind == PERSONALISE):
-        trained = session.train(site, received, plan)
+        trained = session.train(site, received, plan, control)
         told = {EXAMPLES: trained.examples, LOSS: trained.loss, SECONDS: trained.seconds}
         return trained.vector, told if unit == "none" else {}
     budget = Budget.of(session, site, policy)

@@ -3,7 +3,8 @@
     <site>/<client>/own-<run's digest>/round-0003.safetensors       as round 3 left it
 
 A round begins with what the newest round before it left, so the same question gets the same answer, however often it is
-asked. Of older rounds nothing is kept.
+asked. The newest three are kept: FedBuff's server, resumed, may ask again for the last but one, which began with the file
+before that.
 """
 
 import re
@@ -17,6 +18,7 @@ from fedsb.errors import StoreError
 from fedsb.store.tensors import load_tensors, save_tensors
 
 FILE = re.compile(r"round-(\d{4,})\.safetensors")
+KEPT = 3  # rounds
 BEFORE = "before"  # in a file's metadata: the round whose file this round began with; 0: with none
 
 
@@ -45,9 +47,9 @@ def keep(session: Session, site: Site, vector: Tensor, server_round: int) -> Non
     before = _newest(session, site, server_round)
     state = session.layout.unflatten(vector)
     save_tensors(_file(session, site, server_round), {name: state[name] for name in session.kept}, {BEFORE: str(before)})
-    for number in _rounds(session, site):
-        if number not in (before, server_round):
-            _file(session, site, number).unlink()
+    kept = sorted(number for number in _rounds(session, site) if number <= server_round)[-KEPT:]
+    for number in set(_rounds(session, site)).difference(kept):
+        _file(session, site, number).unlink()
 
 
 def _newest(session: Session, site: Site, server_round: int) -> int:

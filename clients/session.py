@@ -29,6 +29,7 @@ from fedsb.privacy.noise import KeyStream, add_noise
 from fedsb.sections import SITE_NAME
 from fedsb.serving.evaluator import Score, evaluate
 from fedsb.store.basis_files import load_basis, save_basis
+from fedsb.training.drift import Control
 from fedsb.training.loop import Plan, train
 from fedsb.training.private import train_private
 from fedsb.training.sketch import Sketcher
@@ -102,8 +103,8 @@ class Session:
         if self.basis != wanted and not self._restore(site, wanted):
             raise BasisError(f"{site.name} was never given basis {wanted[:12]}; the server must prepare it first")
 
-    def train(self, site: Site, vector: Tensor, plan: Plan) -> Trained:
-        """Train from a state on the client's own examples."""
+    def train(self, site: Site, vector: Tensor, plan: Plan, control: Control | None = None) -> Trained:
+        """Train from a state on the client's own examples, with corrected gradients if `control` is given."""
         started = time.monotonic()
         rows = self.rows(site, "train")
         set_state(self.model, self.layout.unflatten(vector))
@@ -118,6 +119,8 @@ class Session:
                 seed=self.config.seed,
                 client=site.name,
                 before_step=before_step,
+                control=control,
+                kept=self.kept,
             )
         return Trained(self.layout.flatten(get_state(self.model)), loss, len(rows), time.monotonic() - started)
 
@@ -135,6 +138,7 @@ class Session:
                 kind=self.config.model.kind,
                 pad_id=self.tokenizer.pad_token_id,
                 before_step=before_step,
+                kept=self.kept,
             )
         return self.layout.flatten(get_state(self.model))
 

@@ -5,6 +5,7 @@ Defaults live in `sections.py` and nowhere else. A file in `configs/` holds only
 
 import hashlib
 import json
+import math
 import os
 import tomllib
 from collections.abc import Sequence
@@ -31,9 +32,14 @@ from fedsb.sections import (
     RuntimeSection,
     Section,
     SiteName,
+    StrategySection,
     TrainSection,
 )
 from fedsb.validation import set_key, validated
+
+ROBUST = ("trimmed-mean", "median", "krum", "multi-krum")  # strategies that look at single states
+MEANS = ("fedavg", "fedprox")  # strategies whose server takes a round's mean as it is
+WHOLE = (*ROBUST, "scaffold", "fedbuff")  # strategies that count every number of a state alike
 
 
 class RunConfig(Section):
@@ -47,6 +53,7 @@ class RunConfig(Section):
     basis: BasisSection = Field(default_factory=lambda: BasisSection.model_validate({}))
     train: TrainSection = Field(default_factory=lambda: TrainSection.model_validate({}))
     federation: FederationSection = Field(default_factory=lambda: FederationSection.model_validate({}))
+    strategy: StrategySection = Field(default_factory=lambda: StrategySection.model_validate({}))
     personal: PersonalSection = Field(default_factory=lambda: PersonalSection.model_validate({}))
     privacy: PrivacySection = Field(default_factory=lambda: PrivacySection.model_validate({}))
     evaluation: EvaluationSection = Field(default_factory=lambda: EvaluationSection.model_validate({}))
@@ -172,6 +179,76 @@ class RunConfig(Section):
                 'privacy.unit = "client" needs federation.over_sample = 1: who answers first is no sample that accounts'
             )
         return self
+
+    @model_validator(mode="after")
+    def _consistent_with_strategy(self) -> "RunConfig":
+        strategy, federation, privacy = self.strategy, self.federation, self.privacy
+        name = f'strategy.name = "{strategy.name}"'
+        if strategy.name in ROBUST and privacy.secure_sum:
+            raise ValueError(f"{name} looks at single states, which privacy.secure_sum hides; use another, or no secure sum")
+        if strategy.name in ROBUST and privacy.unit == "client":
+            raise ValueError(
+                f'{name} has no bounded sensitivity, which privacy.unit = "client" builds on; use another, or unit = "record"'
+            )
+        if strategy.name == "scaffold" and (privacy.secure_sum or privacy.unit != "none"):
+            raise ValueError(
+                f"{name} sends control variates, about a client's data, which neither noise nor a secure sum covers; "
+                "use another, or no privacy.unit and privacy.secure_sum"
+            )
+        if strategy.name == "fedbuff":
+            self._check_buffered(name)
+        if strategy.name in (*ROBUST, "scaffold") and federation.weighting != "uniform":
+            raise ValueError(f'{name} counts each client once; set federation.weighting = "uniform"')
+        least, why = self._least_clients()
+        if federation.min_clients < least:
+            raise ValueError(
+                f"{name} with {why} takes {least} clients or more; set federation.min_clients = {least}, so that no round counts "
+                "with fewer, and have as many clients"
+            )
+        if strategy.name == "multi-krum" and strategy.keep > federation.min_clients - strategy.hostile - 2:
+            most = federation.min_clients - strategy.hostile - 2
+            raise ValueError(f"{name}: strategy.keep is at most federation.min_clients - strategy.hostile - 2 = {most}; lower it")
+        return self
+
+    @model_validator(mode="after")
+    def _consistent_method_and_strategy(self) -> "RunConfig":
+        adapter, strategy = self.adapter, self.strategy
+        if adapter.method in RANKED_LORA and strategy.name not in MEANS:
+            raise ValueError(
+                f'adapter.method = "{adapter.method}" makes a mean of its own, of factors that are no updates of those before, '
+                f'and strategy.name = "{strategy.name}" needs such; set strategy.name to {" or ".join(MEANS)}, or another method'
+            )
+        if adapter.ranks and strategy.name in WHOLE:
+            raise ValueError(
+                f'strategy.name = "{strategy.name}" takes states of one size, and with adapter.ranks they differ; drop '
+                "adapter.ranks, or use another strategy"
+            )
+        return self
+
+    def _check_buffered(self, name: str) -> None:
+        federation, buffer = self.federation, self.strategy.buffer
+        if self.privacy.secure_sum or self.privacy.unit != "none":
+            raise ValueError(
+                f"{name} takes single updates, some clients' more often than others', which no secure sum can hide and no noise "
+                "was planned for; use another, or no privacy.unit and privacy.secure_sum"
+            )
+        if federation.fraction < 1 or federation.over_sample > 1:
+            raise ValueError(
+                f"{name} has strategy.concurrency for federation.fraction and federation.over_sample; leave those at 1"
+            )
+        if federation.min_clients > buffer:
+            raise ValueError(f"{name}: federation.min_clients is more than strategy.buffer = {buffer}; lower it, or raise that")
+        if buffer > federation.clients and self.data.partition != "own":
+            raise ValueError(f"{name}: strategy.buffer = {buffer} is more than federation.clients; lower it")
+
+    def _least_clients(self) -> tuple[int, str]:
+        """The fewest states of which the strategy keeps what it promises, and by which setting."""
+        strategy = self.strategy
+        if strategy.name in ("krum", "multi-krum"):
+            return 2 * strategy.hostile + 3, f"strategy.hostile = {strategy.hostile}"
+        if strategy.name == "trimmed-mean":
+            return max(3, math.ceil(round(1 / strategy.trim, 9))), f"strategy.trim = {strategy.trim}"
+        return (3, "one of them hostile") if strategy.name == "median" else (1, "")
 
     @property
     def client_names(self) -> tuple[str, ...]:

@@ -185,6 +185,50 @@ class FederationSection(Section):
     round_seconds: PositiveFloat = Field(3600.0, description="longest wait for the replies of one round, s")
 
 
+class StrategySection(Section):
+    """`[strategy]`: what the server makes of the clients' states in a round; docs/strategies.md says what each is and costs."""
+
+    name: Literal[
+        "fedavg",
+        "fedprox",
+        "scaffold",
+        "fedbuff",
+        "fedadam",
+        "fedyogi",
+        "fedadagrad",
+        "trimmed-mean",
+        "median",
+        "krum",
+        "multi-krum",
+    ] = Field("fedavg", description="a row of docs/strategies.md; `fedavg`: the mean, weighted by `federation.weighting`")
+    mu: PositiveFloat = Field(
+        0.01,
+        description="weight μ of the proximal term μ/2·‖w - w₀‖² in a client's loss, w₀ being the global state (only `fedprox`)",
+    )
+    rate: PositiveFloat = Field(0.1, description="the server's learning rate (only `fedadam`, `fedyogi`, `fedadagrad`)")
+    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.9, description="how much of the first moment is kept a round (only `fedadam`, `fedyogi`, `fedadagrad`)"
+    )
+    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.99, description="how much of the second moment is kept a round (only `fedadam`, `fedyogi`)"
+    )
+    tau: PositiveFloat = Field(
+        1e-3, description="what is added to the root of the second moment (only `fedadam`, `fedyogi`, `fedadagrad`)"
+    )
+    concurrency: PositiveInt = Field(4, description="clients that are kept at work (only `fedbuff`)")
+    buffer: PositiveInt = Field(
+        2, description="updates after which a round is over, whenever they were asked for (only `fedbuff`)"
+    )
+    max_staleness: NaturalInt = Field(10, description="rounds by which an update may come late and still count (only `fedbuff`)")
+    trim: Annotated[float, Field(gt=0, lt=0.5)] = Field(
+        0.2, description="share of the values of each number that is cut off on each side (only `trimmed-mean`)"
+    )
+    hostile: PositiveInt = Field(
+        1, description="clients a round that may be hostile without deciding the result (only `krum`, `multi-krum`)"
+    )
+    keep: PositiveInt = Field(2, description="states whose mean is the result (only `multi-krum`)")
+
+
 class PersonalSection(Section):
     """`[personal]`: how each client goes on from the global core on its own data."""
 

@@ -51,8 +51,8 @@ from strategies.records import (
     unpack_state,
 )
 from strategies.rounds import Exchange, RoundResult, Traffic, wait_for_nodes
-from strategies.secure import SecureFedSB
 from strategies.shares import Shares, check_ranks
+from strategies.table import strategy_of
 
 
 class Federation:
@@ -158,8 +158,11 @@ class Federation:
         """Step 2's strategy."""
         method, probes = METHODS[self.config.adapter.method], seeded(self.config.seed, "probe")
         error = None if method.kept else AggregationError(method, basis, self.shapes, scale_of(self.config), probes)
-        kind = SecureFedSB if self.config.privacy.secure_sum else FedSB
-        return kind(self.config, self.layout, basis.fingerprint, self.roster, self.strikes, error, self.journal.tell)
+        kind = strategy_of(self.config)
+        strategy = kind(self.config, self.layout, basis.fingerprint, self.roster, self.strikes, error, self.journal.tell)
+        if self.last:
+            strategy.memory, strategy.notes = dict(self.last.memory), dict(self.last.progress["strategy"])
+        return strategy
 
     def restore_or_start(self, basis: Basis) -> tuple[int, ArrayRecord]:
         """The last finished round and its state; before the first round, the core at the start."""
@@ -196,8 +199,9 @@ class Federation:
         state = self.layout.unflatten(unpack_state(result.arrays))
         basis = self._stored_basis()
         progress = {"bytes": vars(self.traffic), "history": self.history, "strikes": self.strikes.counts}
-        digest, model = self.config.digest(), self.source.sha256
-        checkpoint.save(self.folder, checkpoint.Checkpoint(result.round, state, digest, basis, model, progress))
+        progress["strategy"] = result.notes
+        digest, model, memory = self.config.digest(), self.source.sha256, dict(result.memory)
+        checkpoint.save(self.folder, checkpoint.Checkpoint(result.round, state, digest, basis, model, progress, memory))
         self._name("silent", result.round, result.silent)
         self._name("late", result.round, result.late)
         self.journal.tell("round", rounds=self.config.federation.rounds, **entry)

@@ -22,6 +22,7 @@ def summarise(run: Federation, basis: Basis, evaluation: dict[str, Any], seconds
     return {
         "model": {"name": run.source.name, "sha256": run.source.sha256},
         "method": config.adapter.method,
+        "strategy": config.strategy.name,
         "rank": config.adapter.rank,
         "seed": config.seed,
         "clients": len(run.roster),

@@ -8,17 +8,18 @@ arithmetic of its own.
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from typing import Any
+from typing import Any, ClassVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from torch import Tensor
 
 from fedsb.adapters.state import Layout
 from fedsb.aggregation.checks import Strikes, check_equal, check_size, check_weight
 from fedsb.aggregation.error import AggregationError
 from fedsb.aggregation.factors import mean_of, padded
-from fedsb.aggregation.mean import Mean
+from fedsb.aggregation.mean import Aggregate, Mean
 from fedsb.aggregation.private import PrivateMean
 from fedsb.config import RunConfig
 from fedsb.errors import ReplyError
@@ -26,6 +27,7 @@ from fedsb.privacy.mechanism import mechanism_of
 from fedsb.privacy.noise import KeyStream
 from fedsb.training.loop import round_plan
 from strategies.records import (
+    DTYPES,
     EVALUATE,
     EXACT_MATCH,
     EXAMPLES,
@@ -42,7 +44,6 @@ from strategies.records import (
     pack_state,
     reason_of,
     size_of,
-    unpack_state,
 )
 from strategies.rounds import Exchange
 from strategies.shares import Shares
@@ -63,6 +64,8 @@ class FedSB(Shares, Strategy):
         tell: called with an event's name and fields, for the journal.
     """
 
+    vectors: ClassVar[int] = 1  # of the size of a state, in a reply
+
     def __init__(
         self,
         config: RunConfig,
@@ -79,6 +82,8 @@ class FedSB(Shares, Strategy):
         self.private = config.privacy.unit != "none"
         self.stream = KeyStream()
         self.exchanges: list[Exchange] = []  # of the round, besides that of training
+        self.memory: dict[str, Tensor] = {}  # what a strategy remembers from round to round; a checkpoint holds it
+        self.notes: dict[str, Any] = {}  # the same, as JSON
 
     def order(self, server_round: int, which: str = "", members: int = 0) -> Order:
         """What clients are told in a round."""
@@ -116,14 +121,15 @@ class FedSB(Shares, Strategy):
         if self.config.privacy.unit == "client":
             return self._aggregate_private(server_round, replies)
         federation = self.config.federation
-        mean, losses = mean_of(self.config.adapter.method, self.layout), Mean(1)
+        mean, losses = self.mean(), Mean(1)
         if self.error:
             self.error.start()
-        for client, reply in self.accepted(server_round, replies):
+        for client, reply in self.accepted(server_round, replies, vectors=self.vectors):
             try:
                 examples, loss, seconds = self.told(reply)
                 check_weight(examples)
                 vector, norm = self.usable(client, reply)
+                self.also(client, reply)
             except ReplyError as error:
                 self.refuse(server_round, client, error)
                 continue
@@ -141,11 +147,30 @@ class FedSB(Shares, Strategy):
         if mean.count < federation.min_clients:
             return None, None
         average = mean.result(self.sent)
-        record = pack_state(average, self.config.federation.wire_dtype)
-        got = self.layout.unflatten(unpack_state(record))  # by the clients
-        distance = self.error.result(got) if self.error else math.nan
+        distance = self.distance(average)
         metrics = MetricRecord({LOSS: float(losses.result()), "aggregation-error": distance, "clients": mean.count})
-        return record, metrics
+        return pack_state(self.step(average, server_round, mean.held), federation.wire_dtype), metrics
+
+    def mean(self) -> Aggregate:
+        """What makes one state of a round's states, empty."""
+        return mean_of(self.config.adapter.method, self.layout)
+
+    def also(self, client: str, reply: Message) -> None:
+        """Take what else a strategy has in a reply whose state counts. Raises ReplyError, before it does, if that must not."""
+
+    def step(self, average: Tensor, server_round: int, held: Tensor | None = None) -> Tensor:
+        """The new global state (size,), of a round's mean; this is called once a round that counts.
+
+        `held`: which numbers (size,) came back from somebody; None: all did.
+        """
+        return average
+
+    def distance(self, average: Tensor) -> float:
+        """The aggregation error of a round's mean in the dtype in which it travels; NaN where it is not meant to be the mean of
+        updates, or the server sees none."""
+        if self.error is None:
+            return math.nan
+        return self.error.result(self.layout.unflatten(average.to(DTYPES[self.config.federation.wire_dtype])))
 
     def _aggregate_private(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord]:
         """The mean under privacy by client. However few answer there is one, since how many do is private."""
@@ -159,7 +184,7 @@ class FedSB(Shares, Strategy):
                 continue
             mean.add(vector)
             self.tell("reply", round=server_round, client=client, norm=norm)
-        record = pack_state(mean.result(), federation.wire_dtype)
+        record = pack_state(self.step(mean.result(), server_round), federation.wire_dtype)
         return record, MetricRecord({LOSS: math.nan, "aggregation-error": math.nan, "clients": mean.count})
 
     def told(self, reply: Message) -> tuple[float, float, float]:
@@ -215,11 +240,11 @@ class FedSB(Shares, Strategy):
             yield client, score
 
     def accepted(
-        self, server_round: int, replies: Iterable[Message], numbers: int | None = None
+        self, server_round: int, replies: Iterable[Message], numbers: int | None = None, vectors: int = 1
     ) -> Iterator[tuple[str, Message]]:
         """The replies that answer this round's question, with their clients' names; the others are refused and named.
 
-        `numbers`: how many the state in a reply has, by default those of `returned`; 0 if there is to be none.
+        `numbers`: how many the state in a reply has, by default those of `returned`, `vectors` times; 0 if there is to be none.
         """
         answered: set[str] = set()
         for reply in replies:
@@ -228,7 +253,7 @@ class FedSB(Shares, Strategy):
                 if reply.has_error():  # also a refusal by the site's policy: no strike, since nothing false was said
                     self.tell("refused", round=server_round, client=client, reason=f"failed: {reason_of(reply.error)}")
                     continue
-                size = self.returned(client).layout.size if numbers is None else numbers
+                size = vectors * self.returned(client).layout.size if numbers is None else numbers
                 check_size(size_of(reply), largest_reply(size, self.dtype if size else "fp32"))
                 identity = Identity.of(reply)
                 check_equal("client", identity.client, client)

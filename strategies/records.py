@@ -24,6 +24,7 @@ SKETCH = "query.sketch"
 ARRAYS, CONFIG, METRICS, IDENTITY, BASIS = "arrays", "config", "metrics", "identity", "basis"
 EXAMPLES, LOSS, SECONDS, EXACT_MATCH = "num-examples", "loss", "seconds", "exact-match"
 STATE = "state"
+VARIATES = "variates"  # SCAFFOLD's c on the way down, and what a client's own changes by on the way up
 SHARED = ("fedsb", "flwr")
 KEPT = "kept"  # metric of a client whose policy keeps its personal adapter at home
 WHICH = ("base", "global", "personal")  # whose scores there are; a score's metrics are `global-loss`, `global-exact-match`
@@ -106,6 +107,7 @@ class Order:
         which: for `evaluate`: some of `WHICH`, with commas.
         versions: of the server's packages (`shared_versions`).
         members: how many clients are asked to take part in the secure sum that this belongs to; 0: there is none.
+        variate: the client's own control variate that training begins with (SCAFFOLD); "": it is zero.
     """
 
     run: str
@@ -114,19 +116,19 @@ class Order:
     which: str = ""
     versions: str = field(default_factory=shared_versions)
     members: int = 0
+    variate: str = ""
 
     def record(self) -> ConfigRecord:
         """As it travels."""
-        return ConfigRecord(
-            {
-                "run": self.run,
-                "round": self.round,
-                "basis": self.basis,
-                "which": self.which,
-                "versions": self.versions,
-                "members": self.members,
-            }
-        )
+        told: dict[str, str | int] = {
+            "run": self.run,
+            "round": self.round,
+            "basis": self.basis,
+            "which": self.which,
+            "versions": self.versions,
+            "members": self.members,
+        }
+        return ConfigRecord({**told, "variate": self.variate} if self.variate else {**told})
 
     @classmethod
     def of(cls, content: RecordDict) -> "Order":
@@ -135,7 +137,7 @@ class Order:
             config = content[CONFIG]
             run, basis, which, versions = (str(config[key]) for key in ("run", "basis", "which", "versions"))
             number, members = int(config["round"]), int(config["members"])  # type: ignore[arg-type]
-            return cls(run, number, basis, which, versions, members)
+            return cls(run, number, basis, which, versions, members, str(config.get("variate", "")))
         except (KeyError, TypeError, ValueError) as error:
             raise ReplyError(
                 f"the question lacks {str(error).strip(chr(39))}; use the same version of fedsb everywhere"

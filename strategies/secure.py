@@ -170,6 +170,7 @@ class SecureFedSB(FedSB):
         fixed = fixed_point_of(self.config, server_round, members)
         total = self.summing.total(fixed, count)
         divisor = self.config.federation.clients if self.config.privacy.unit == "client" else count
-        record = pack_state(self.sent + (total / divisor).float(), self.config.federation.wire_dtype)
+        average = self.sent + (total / divisor).float()
+        record = pack_state(self.step(average, server_round), self.config.federation.wire_dtype)
         self.tell("secure-sum", round=server_round, asked=members, summed=count, error=fixed.mean_error)
         return record, MetricRecord({LOSS: float(losses.result()), "aggregation-error": math.nan, "clients": count})

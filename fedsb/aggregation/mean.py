@@ -4,12 +4,32 @@ For LoRA-SB this mean is exact: mean(B·R_i·A) = B·mean(R_i)·A, since B and A
 arXiv 2502.15436, equation 4).
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from fedsb.errors import FederationError
 
 BLOCK = 1 << 15  # numbers added at a time: their fp64 copy stays in the cache, and torch starts no threads for so few
+
+
+class Aggregate(Protocol):
+    """What makes one vector of clients' vectors that are counted one by one."""
+
+    @property
+    def count(self) -> int:
+        """How many were counted."""
+
+    @property
+    def held(self) -> Tensor | None:
+        """Which numbers (size,) somebody held of those counted; None: each held all."""
+
+    def add(self, vector: Tensor, weight: float = 1.0, index: Tensor | None = None) -> None:
+        """Count one client's vector (size,); of one that does not hold them all, the numbers at `index`."""
+
+    def result(self, otherwise: Tensor | None = None) -> Tensor:
+        """The aggregate (size,), fp32; a number that nobody holds is that of `otherwise` (size,)."""
 
 
 class Mean:
@@ -24,6 +44,11 @@ class Mean:
         self.count = 0
         self._weight: float | Tensor = 0.0  # a number of its own for each entry, once somebody did not hold them all
         self._sum = torch.zeros(size, dtype=torch.float64)
+
+    @property
+    def held(self) -> Tensor | None:
+        """Which numbers (size,) somebody held of those counted; None: each held all."""
+        return self._weight > 0 if isinstance(self._weight, Tensor) else None
 
     def add(self, vector: Tensor, weight: float = 1.0, index: Tensor | None = None) -> None:
         """Count one client's vector (size,), fp32 or bf16, with a positive weight; only the numbers at `index`, if given."""
