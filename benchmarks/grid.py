@@ -26,6 +26,7 @@ from fedsb.report.journal import Journal
 from fedsb.report.screen import screen
 from server.federation import Federation
 from server.local_grid import LocalGrid, node_configs
+from server.personal import evaluate, personalise
 from strategies.rounds import run_rounds
 
 Cell = tuple[str, tuple[str, ...]]  # the name of a point of the grid, and its settings
@@ -84,10 +85,10 @@ def run(config: RunConfig, personal: bool) -> dict[str, float]:
         _, state = federation.restore_or_start(basis)
         rounds, seconds = config.federation.rounds, config.federation.round_seconds
         state = run_rounds(grid, strategy, state, first=1, last=rounds, seconds=seconds, after_round=federation.checkpoint)
-        result = pooled(federation.evaluate(strategy, state, ["global"])["global"])
+        result = pooled(evaluate(federation, strategy, state, ["global"])["global"])
         if personal:
-            federation.personalise(strategy, state)
-            scores = pooled(federation.evaluate(strategy, state, ["personal"])["personal"])
+            personalise(federation, strategy, state)
+            scores = pooled(evaluate(federation, strategy, state, ["personal"])["personal"])
             result |= {f"personal_{what}": value for what, value in scores.items()}
         trained = federation.history[-1]["loss"]
     return result | {"train_loss": trained, "seconds": round(time.monotonic() - started, 1)}

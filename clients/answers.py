@@ -15,7 +15,7 @@ from typing import Any
 from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor
 
-from clients import secure
+from clients import own, secure, variates
 from clients.budget import Budget
 from clients.policy import Policy, load_policy
 from clients.session import Session, Site, open_session
@@ -25,6 +25,7 @@ from fedsb.errors import FedsbError, PolicyError, PrivacyError
 from fedsb.privacy.clipping import clip
 from fedsb.privacy.mechanism import Mechanism, sketch_mechanism
 from fedsb.store.tensors import load_tensors, save_tensors
+from fedsb.training.drift import Control
 from fedsb.training.loop import Plan, personal_plan, round_plan
 from strategies.records import (
     ARRAYS,
@@ -40,6 +41,7 @@ from strategies.records import (
     SECONDS,
     SKETCH,
     TRAIN,
+    VARIATES,
     Identity,
     Order,
     check_versions,
@@ -92,7 +94,9 @@ def prepare(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
         budget.allow(1)  # so that a site whose budget is spent says so before it is counted on
     sent = content.get(BASIS)
     basis = session.prepare(site, order.basis, unpack_basis(sent) if isinstance(sent, ArrayRecord) else None)
-    return reply_content(Identity(site.name, order.round, basis, session.layout.fingerprint, model=session.model_sha256))
+    return reply_content(
+        Identity(site.name, order.round, basis, session.share(site).layout.fingerprint, model=session.model_sha256)
+    )
 
 
 def sketch(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
@@ -111,7 +115,7 @@ def sketch(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
             raise PrivacyError(f"{site.name} has trained in this run already, and a sketch comes before that; start another run")
         work = session.sketch_private if session.config.privacy.unit == "record" else session.sketch_clipped
         vector = budget.release(SKETCH, content, 1, partial(work, site), sketch_mechanism(session.config, budget.units))
-    identity = Identity(site.name, order.round, "", session.layout.fingerprint, model=session.model_sha256)
+    identity = Identity(site.name, order.round, "", session.share(site).layout.fingerprint, model=session.model_sha256)
     summed = session.config.privacy.secure_sum
     return reply_content(identity, {}, secure.mask(content, session, site, vector) if summed else pack_state(vector, "fp32"))
 
@@ -122,11 +126,19 @@ def train(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
     _check_stage(order, session.config, sketching=False)
     if session.config.privacy.secure_sum:
         secure.ready(content, session, site)  # before anything is paid for
-    vector, metrics = _train(content, TRAIN, session, site, policy, round_plan(session.config, order.round))
+    control = variates.control(content, session, site) if session.config.strategy.name == "scaffold" else None
+    plan = round_plan(session.config, order.round)
+    vector, metrics = _train(content, TRAIN, session, site, policy, plan, order.round, control)
+    own.keep(session, site, vector, order.round)
+    vector = session.share(site).take(vector)
     if session.config.privacy.secure_sum:
         masked = secure.mask(content, session, site, vector - unpack_state(content.get(ARRAYS)))
         return reply_content(_identity(order, session, site), metrics, masked)
-    return reply_content(_identity(order, session, site), metrics, pack_state(vector, session.config.federation.wire_dtype))
+    state = pack_state(vector, session.config.federation.wire_dtype)
+    reply = reply_content(_identity(order, session, site), metrics, state)
+    if control:
+        reply[VARIATES] = variates.change(content, session, site, control)
+    return reply
 
 
 def personalise(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
@@ -136,14 +148,14 @@ def personalise(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
     client's own, unless its records are protected by noise.
     """
     order, session, site = _opened(content, node)
-    vector, metrics = _train(content, PERSONALISE, session, site, policy, personal_plan(session.config))
+    vector, metrics = _train(content, PERSONALISE, session, site, policy, personal_plan(session.config), order.round + 1)
     save_tensors(_personal_file(site, session.config), session.layout.unflatten(vector), {"basis": order.basis})
     privacy = session.config.privacy
     covered = privacy.unit == "record" or (privacy.unit == "none" and not privacy.secure_sum)
     leaves = policy.personal_adapter_may_leave and covered and not policy.secure_sum_only
     if privacy.unit == "client":
         Budget.of(session, site, policy).catch_up(order.round)
-    state = pack_state(vector, "fp32") if leaves else None
+    state = pack_state(session.published(site).take(vector), "fp32") if leaves else None
     return reply_content(_identity(order, session, site), metrics if leaves else metrics | {KEPT: 1}, state)
 
 
@@ -159,7 +171,7 @@ def evaluate(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
         if which == "base":
             score = session.score_base(site)
         elif which == "global":
-            score = session.score(site, unpack_state(content.get(ARRAYS)))
+            score = session.score(site, own.whole(session, site, unpack_state(content.get(ARRAYS)), order.round + 1))
         elif _personal_file(site, session.config).exists():
             score = session.score(site, session.layout.flatten(load_tensors(_personal_file(site, session.config))[0]))
         else:
@@ -178,7 +190,7 @@ def secure_stage(
     _check_stage(order, session.config, sketching=not order.round)
     if order.round:
         session.require(site, order.basis)
-    identity = Identity(site.name, order.round, order.basis, session.layout.fingerprint, model=session.model_sha256)
+    identity = Identity(site.name, order.round, order.basis, session.share(site).layout.fingerprint, model=session.model_sha256)
     reply = reply_content(identity, {})
     reply[SECRETS] = stage(content, session, site)
     return reply
@@ -215,12 +227,23 @@ def site_of(node: Node, config: RunConfig) -> Site:
 
 
 def _train(
-    content: RecordDict, kind: str, session: Session, site: Site, policy: Policy, plan: Plan
+    content: RecordDict,
+    kind: str,
+    session: Session,
+    site: Site,
+    policy: Policy,
+    plan: Plan,
+    number: int,
+    control: Control | None = None,
 ) -> tuple[Tensor, dict[str, int | float]]:
-    """The state after local training, and what is told about it; with privacy nothing is, since it would be about records."""
-    received, unit = unpack_state(content.get(ARRAYS)), session.config.privacy.unit
+    """The whole state after local training, and what is told about it; with privacy nothing is, since it would be about records.
+
+    `number`: of the round; what the client kept to itself is of those before. `control`: corrects gradients, without privacy.
+    """
+    share, unit = session.share(site), session.config.privacy.unit
+    received = own.whole(session, site, unpack_state(content.get(ARRAYS)), number)
     if unit == "none" or (unit == "client" and kind == PERSONALISE):
-        trained = session.train(site, received, plan)
+        trained = session.train(site, received, plan, control)
         told = {EXAMPLES: trained.examples, LOSS: trained.loss, SECONDS: trained.seconds}
         return trained.vector, told if unit == "none" else {}
     budget = Budget.of(session, site, policy)
@@ -229,8 +252,8 @@ def _train(
         return budget.release(kind, content, plan.count, work) if plan.count else received, {}
 
     def clipped(mechanism: Mechanism) -> Tensor:
-        moved = session.train(site, received, plan).vector - received
-        return received + clip(moved, mechanism.clip_norm).vector
+        trained, begun = session.train(site, received, plan).vector, share.take(received)
+        return share.put(begun + clip(share.take(trained) - begun, mechanism.clip_norm).vector, trained)
 
     if Order.of(content).round > 1:
         budget.catch_up(Order.of(content).round - 1)
@@ -255,7 +278,7 @@ def _opened(content: RecordDict, node: Node) -> tuple[Order, Session, Site]:
 
 
 def _identity(order: Order, session: Session, site: Site) -> Identity:
-    return Identity(site.name, order.round, order.basis, session.layout.fingerprint, session.task_of(site))
+    return Identity(site.name, order.round, order.basis, session.share(site).layout.fingerprint, session.task_of(site))
 
 
 def _personal_file(site: Site, config: RunConfig) -> Path:

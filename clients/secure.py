@@ -23,7 +23,7 @@ _members: dict[tuple[str, str], Member] = {}  # (site's folder and name, run's d
 
 def advertise(content: RecordDict, session: Session, site: Site) -> ArrayRecord:
     """New secrets for a round, and their public keys."""
-    member = _members[_key(session, site)] = Member(site.name, _context(content, session))
+    member = _members[_key(session, site)] = Member(site.name, _context(content, session, site))
     return pack_payload(member.advertise())
 
 
@@ -35,7 +35,7 @@ def share(content: RecordDict, session: Session, site: Site) -> ArrayRecord:
 def ready(content: RecordDict, session: Session, site: Site) -> None:
     """Raise SecureSumError if this process has no part in the round's secure sum, or was told another number of members."""
     order, member = Order.of(content), _member(content, session, site)
-    if member.context != _context(content, session):
+    if member.context != _context(content, session, site):
         raise SecureSumError(f"{site.name} was told {order.members} members where its secrets are for another number; start anew")
 
 
@@ -58,9 +58,9 @@ def reveal(content: RecordDict, session: Session, site: Site) -> ArrayRecord:
     return pack_payload(_member(content, session, site).reveal(unpack_payload(content)))
 
 
-def _context(content: RecordDict, session: Session) -> Context:
+def _context(content: RecordDict, session: Session, site: Site) -> Context:
     order = Order.of(content)
-    size = session.layout.size if order.round else sketch_plan(session.config, session.model).size
+    size = session.share(site).layout.size if order.round else sketch_plan(session.config, session.model).size
     return context_of(session.config, order.basis, order.round, size, order.members)
 
 

@@ -15,6 +15,7 @@ from fedsb.adapters.attach import attach, give_basis, initial_state, layout_of, 
 from fedsb.adapters.folding import fold_into
 from fedsb.adapters.method import Around, wholly
 from fedsb.adapters.methods import METHODS
+from fedsb.adapters.share import Share, kept_names, share_of
 from fedsb.adapters.state import get_state, layers_of, parameters_of, set_state
 from fedsb.basis.frames import Basis, Fold, folded_fingerprint
 from fedsb.config import RunConfig
@@ -30,6 +31,7 @@ from fedsb.privacy.noise import KeyStream, add_noise
 from fedsb.sections import SITE_NAME
 from fedsb.serving.evaluator import Score, evaluate
 from fedsb.store.basis_files import load_basis, save_basis
+from fedsb.training.drift import Control
 from fedsb.training.loop import Plan, train
 from fedsb.training.private import train_private
 from fedsb.training.sketch import Sketcher
@@ -81,6 +83,7 @@ class Session:
         self.transformer = self.model.get_base_model()
         self.parameters = parameters_of(self.model)
         self.layout = layout_of(self.model)
+        self.kept = kept_names(self.layout, METHODS[config.adapter.method])
         self.basis = ""
         self.folds: Sequence[Fold] = ()
         self.pristine: dict[str, Tensor] = {}
@@ -106,8 +109,8 @@ class Session:
         if not self._restore(site, wanted) and not self._go_on(site, wanted, before, folds):
             raise BasisError(f"{site.name} was never given basis {wanted[:12]}; the server must prepare it first")
 
-    def train(self, site: Site, vector: Tensor, plan: Plan) -> Trained:
-        """Train from a state on the client's own examples."""
+    def train(self, site: Site, vector: Tensor, plan: Plan, control: Control | None = None) -> Trained:
+        """Train from a state on the client's own examples, with corrected gradients if `control` is given."""
         started = time.monotonic()
         rows = self.rows(site, "train")
         set_state(self.model, self.layout.unflatten(vector))
@@ -121,6 +124,8 @@ class Session:
             seed=self.config.seed,
             client=site.name,
             around=self._around(site),
+            control=control,
+            kept=self.kept,
         )
         return Trained(self.layout.flatten(get_state(self.model)), loss, len(rows), time.monotonic() - started)
 
@@ -137,6 +142,7 @@ class Session:
             kind=self.config.model.kind,
             pad_id=self.tokenizer.pad_token_id,
             around=self._around(site),
+            kept=self.kept,
         )
         return self.layout.flatten(get_state(self.model))
 
@@ -194,6 +200,14 @@ class Session:
             batch_size=section.batch_size,
             max_new_tokens=section.max_new_tokens,
         )
+
+    def share(self, site: Site) -> Share:
+        """What of a state travels between the server and this client."""
+        return share_of(self.layout, self.config.adapter.method, self.config.rank_of(site.name))
+
+    def published(self, site: Site) -> Share:
+        """What of a state this client publishes as its personal adapter."""
+        return share_of(self.layout, self.config.adapter.method, self.config.rank_of(site.name), kept=True)
 
     def base_vector(self) -> Tensor:
         """The base model as a state."""

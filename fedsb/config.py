@@ -5,202 +5,30 @@ Defaults live in `sections.py` and nowhere else. A file in `configs/` holds only
 
 import hashlib
 import json
-import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic import Field, model_validator
 
 from fedsb.errors import ConfigError
-from fedsb.sections import (
-    CLIENT,
-    AdapterSection,
-    BasisSection,
-    DataSection,
-    EvaluationSection,
-    FederationSection,
-    ModelSection,
-    NaturalInt,
-    PersonalSection,
-    PrivacySection,
-    RuntimeSection,
-    Section,
-    SiteName,
-    TrainSection,
-)
+from fedsb.settings import Settings
 from fedsb.validation import set_key, validated
 
-ANY = ("random", "weights", "public", "sketch")
-SOURCES: dict[str, tuple[str, ...]] = {  # method → what `basis.source` may be, the default first; of others `random` alone
-    "lora-sb": ANY,
-    "lora-xs": ("weights",),
-    "lora-ga": ("sketch", "public"),
-}
-FOLDING = ("fedex-lora", "flora-stacking")  # what they add to the weights takes each client's own factors
-SCALED = ("lora", "ffa-lora", "lora-xs", "lora-ga", "dylora", *FOLDING)  # methods that multiply an update by alpha / rank
-NO_RECORDS = ("miss", "bone", "bone-row")  # methods whose trained numbers are in no module that Opacus knows
 
-
-class RunConfig(Section):
+class RunConfig(Settings):
     """A whole run. Immutable; equal configurations have equal digests."""
-
-    name: SiteName = Field(description="the run's name; its folder is runs/NAME unless --out says otherwise")
-    seed: NaturalInt = Field(0, description="seed of everything that is drawn: data, partition, sampling, batches, basis")
-    model: ModelSection = Field(default_factory=lambda: ModelSection.model_validate({}))
-    data: DataSection
-    adapter: AdapterSection = Field(default_factory=lambda: AdapterSection.model_validate({}))
-    basis: BasisSection = Field(default_factory=lambda: BasisSection.model_validate({}))
-    train: TrainSection = Field(default_factory=lambda: TrainSection.model_validate({}))
-    federation: FederationSection = Field(default_factory=lambda: FederationSection.model_validate({}))
-    personal: PersonalSection = Field(default_factory=lambda: PersonalSection.model_validate({}))
-    privacy: PrivacySection = Field(default_factory=lambda: PrivacySection.model_validate({}))
-    evaluation: EvaluationSection = Field(default_factory=lambda: EvaluationSection.model_validate({}))
-    runtime: RuntimeSection = Field(default_factory=lambda: RuntimeSection.model_validate({}))
-
-    @model_validator(mode="before")
-    @classmethod
-    def _with_the_methods_own_basis(cls, table: Any) -> Any:
-        """Let `basis.source` be by default what the method has."""
-        try:
-            source = SOURCES[table["adapter"]["method"]][0]
-            return {**table, "basis": {"source": source, **table.get("basis", {})}}
-        except (KeyError, TypeError):  # no such default, or a table that the fields will refuse
-            return table
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "RunConfig":
-        names = [task.name for task in self.data.tasks]
-        if len(set(names)) < len(names):
-            raise ValueError("data.tasks has two tasks of one name; give each its own")
-        if self.federation.names and len(self.federation.names) != self.federation.clients:
-            raise ValueError(
-                f"federation.names lists {len(self.federation.names)} names for {self.federation.clients} clients; "
-                "make the numbers equal or leave names out"
-            )
-        if len(set(self.federation.names)) < len(self.federation.names):
-            raise ValueError("federation.names has a name twice; give each client its own")
-        if self.federation.min_clients > self.federation.clients and self.data.partition != "own":
-            raise ValueError("federation.min_clients is larger than federation.clients; lower it")
-        if self.federation.over_sample > 1 and self.federation.fraction == 1:
-            raise ValueError("federation.over_sample has nobody more to ask where fraction = 1; lower federation.fraction")
-        if (self.basis.source == "public") != (self.basis.public is not None):
-            raise ValueError('basis.source = "public" and a [basis.public] section go together; set both or neither')
-        sources = SOURCES.get(self.adapter.method, ("random",))
-        if self.basis.source not in sources:
-            raise ValueError(
-                f'adapter.method = "{self.adapter.method}" has no basis for basis.source = "{self.basis.source}"; set it to '
-                f'{" or ".join(sources)}, or adapter.method = "lora-sb"'
-            )
-        if self.adapter.method not in SCALED and self.adapter.alpha is not None:
-            raise ValueError(f'adapter.alpha scales LoRA, and adapter.method = "{self.adapter.method}" has no scale; drop it')
-        if self.adapter.method in (*FOLDING, "lora-ga") and self.model.dtype == "bf16":
-            raise ValueError(
-                f'adapter.method = "{self.adapter.method}" adds to the base model\'s weights what model.dtype = "bf16" would '
-                'round away; leave model.dtype out, or set adapter.method = "lora-sb"'
-            )
-        if self.adapter.method in FOLDING and self.federation.wire_dtype == "bf16":
-            raise ValueError(
-                f'adapter.method = "{self.adapter.method}" is exact only with federation.wire_dtype = "fp32"; leave it out'
-            )
-        if self.adapter.method != "ravan" and self.adapter.heads is not None:
-            raise ValueError(
-                f'adapter.heads are those of ravan, and adapter.method = "{self.adapter.method}" has none; drop them'
-            )
-        for key in ("smallest_rank", "draw", "frozen"):
-            if self.adapter.method != "dylora" and getattr(self.adapter, key) != AdapterSection.model_fields[key].default:
-                raise ValueError(f'adapter.{key} is of dylora, and adapter.method = "{self.adapter.method}" has none; drop it')
-        if self.adapter.smallest_rank > self.adapter.rank:
-            raise ValueError("adapter.smallest_rank is larger than adapter.rank; lower it")
-        if self.basis.source != "public" and (self.basis.r0 == "paper" or self.basis.sign):
-            raise ValueError('basis.r0 = "paper" and basis.sign need basis.source = "public"; drop them or change the source')
-        if self.data.partition == "task" and self.federation.clients < len(self.data.tasks):
-            raise ValueError('data.partition = "task" needs at least as many clients as tasks; raise federation.clients')
-        if self.model.kind == "classification" and len(self.data.tasks) > 1:
-            raise ValueError("classification takes one task, whose labels the head has; keep one of data.tasks")
-        if self.evaluation.split == "validation" and not self.data.validation:
-            raise ValueError('evaluation.split = "validation" needs data.validation, the share of train to hold out; set it')
-        return self
-
-    @model_validator(mode="after")
-    def _consistent_with_own_data(self) -> "RunConfig":
-        own, labels, classifies = self.data.partition == "own", self.data.labels, self.model.kind == "classification"
-        if own and classifies and not labels:
-            raise ValueError('data.partition = "own" with model.kind = "classification" needs data.labels; list the labels there')
-        if labels and not classifies:
-            raise ValueError('data.labels are those of a classifier; drop them or set model.kind = "classification"')
-        if len(set(labels)) < len(labels):
-            raise ValueError("data.labels has a label twice; list each once")
-        named = [task.source for task in self.data.tasks if CLIENT in task.source]
-        if self.basis.public is not None and CLIENT in self.basis.public.source:
-            raise ValueError(f"basis.public.source has {CLIENT}, but the server alone reads it; name one folder")
-        if named and not (own and all(source.startswith("jsonl:") for source in named)):
-            raise ValueError(f'{CLIENT} in {named[0]} needs a jsonl: source and data.partition = "own"; set them or leave it out')
-        return self
-
-    @model_validator(mode="after")
-    def _consistent_with_privacy(self) -> "RunConfig":
-        privacy, federation = self.privacy, self.federation
-        targets = [name for name in ("epsilon", "noise_multiplier") if getattr(privacy, name) is not None]
-        if privacy.unit == "none" and targets:
-            raise ValueError(
-                f'privacy.{targets[0]} protects nothing with privacy.unit = "none"; set the unit to "record" or "client"'
-            )
-        if privacy.head_clip_norm is not None and (privacy.unit != "record" or self.model.kind != "classification"):
-            raise ValueError(
-                "privacy.head_clip_norm clips the head's part of records' gradients; set privacy.unit = \"record\" with "
-                'model.kind = "classification", or leave it out'
-            )
-        if privacy.unit != "none" and len(targets) != 1:
-            raise ValueError(f'privacy.unit = "{privacy.unit}" needs privacy.epsilon or privacy.noise_multiplier, and not both')
-        if privacy.unit != "none" and self.adapter.method == "dylora" and self.adapter.draw == "step":
-            raise ValueError(
-                'privacy.unit needs adapter.draw = "round": ranks that each client draws for itself ("step") break it; set it'
-            )
-        if privacy.unit != "none" and federation.weighting != "uniform":
-            raise ValueError(
-                'privacy.unit needs federation.weighting = "uniform", since how many examples a client has is private too; set it'
-            )
-        if privacy.unit == "record" and self.adapter.method in NO_RECORDS:
-            raise ValueError(
-                f'privacy.unit = "record" needs gradients of single records, which adapter.method = "{self.adapter.method}" does '
-                'not give; set privacy.unit = "client", or adapter.method = "lora-sb", "ffa-lora" or "lora"'
-            )
-        sources = [task.source for task in self.data.tasks if not task.source.startswith("gym:")]
-        if privacy.unit != "none" and len({os.path.normpath(source) for source in sources}) < len(sources):
-            raise ValueError("with privacy two of data.tasks may not have one source: each record would be in the data twice")
-        if privacy.unit != "none" and self.data.partition == "own" and any(task.train for task in self.data.tasks):
-            raise ValueError("with privacy data.tasks of a site's own take no `train`: which rows it draws depends on all")
-        if privacy.unit != "none" and self.data.partition == "own" and self.data.validation:
-            raise ValueError("with privacy a site's own data take no data.validation: which rows it holds out depends on all")
-        if self.basis.source == "sketch" and privacy.unit != "none" and privacy.epsilon is None:
-            raise ValueError('basis.source = "sketch" with privacy needs privacy.epsilon, of which it takes its share; set it')
-        if self.adapter.method in FOLDING and (privacy.secure_sum or privacy.unit == "client"):
-            raise ValueError(
-                f'adapter.method = "{self.adapter.method}" takes each client\'s own factors, which privacy.secure_sum and '
-                'privacy.unit = "client" hide; set adapter.method = "lora-sb", or privacy.unit = "record"'
-            )
-        if privacy.secure_sum and (federation.weighting != "uniform" or federation.over_sample > 1):
-            raise ValueError('privacy.secure_sum needs federation.weighting = "uniform" and federation.over_sample = 1; set them')
-        if privacy.secure_sum and federation.clients < 3 and self.data.partition != "own":
-            raise ValueError(
-                "privacy.secure_sum takes three clients or more (of two each knows the other's); raise federation.clients"
-            )
-        if privacy.secure_sum and privacy.unit == "client" and federation.fraction < 1:
-            raise ValueError('privacy.secure_sum with privacy.unit = "client" needs federation.fraction = 1; set it')
-        if privacy.unit == "client" and federation.over_sample > 1:
-            raise ValueError(
-                'privacy.unit = "client" needs federation.over_sample = 1: who answers first is no sample that accounts'
-            )
-        return self
 
     @property
     def client_names(self) -> tuple[str, ...]:
         """Names of the simulated clients, in order."""
         width = len(str(self.federation.clients - 1))
         return self.federation.names or tuple(f"client-{i:0{width}d}" for i in range(self.federation.clients))
+
+    def rank_of(self, client: str) -> int:
+        """The rank at which a client trains."""
+        return self.adapter.ranks.get(client, self.adapter.rank)
 
     def digest(self) -> str:
         """SHA-256 over all that decides the result of clients that answer as they should: so over everything but `[runtime]`,

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedsb.abilities import HEADS, Method
+
 PositiveInt = Annotated[int, Field(gt=0)]
 NaturalInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -15,24 +17,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 SITE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")  # of a client, a task or a run; safe as a folder
 SiteName = Annotated[str, Field(pattern=rf"^{SITE_NAME.pattern}$")]
-HEADS = 4  # of RAVAN, as in its paper's tables
 CLIENT = "{client}"  # in the folder of a `jsonl:` source: the name of the client that reads it
-
-
-Method = Literal[
-    "lora-sb",
-    "lora-xs",
-    "ravan",
-    "lora",
-    "ffa-lora",
-    "fedex-lora",
-    "flora-stacking",
-    "lora-ga",
-    "dylora",
-    "miss",
-    "bone",
-    "bone-row",
-]
 
 
 class Section(BaseModel):
@@ -110,6 +95,16 @@ class AdapterSection(Section):
         description="r: a core or a head has r x r numbers, LoRA's factors r x in and out x r; Bone's blocks are r x r, so r "
         "must divide both sides of every layer",
     )
+    ranks: dict[SiteName, PositiveInt] = Field(
+        default_factory=dict,
+        description="clients of a lower rank than `rank`, as a table: `ranks = {client-0 = 8}` (only for methods "
+        "whose clients may have different ranks; docs/methods.md)",
+    )
+    nested: bool = Field(
+        False,
+        description="true: each training step uses leading blocks of a rank drawn from 1 to the client's, so that a trained core "
+        "works when it is cut (only `nested-sb`)",
+    )
     heads: PositiveInt | None = Field(None, description=f"heads of a layer, each of rank r (only `ravan`; default {HEADS})")
     smallest_rank: PositiveInt = Field(1, description="the smallest rank that is drawn (only `dylora`)")
     draw: Literal["step", "round"] = Field(
@@ -166,8 +161,8 @@ class TrainSection(Section):
     learning_rate: PositiveFloat | Literal["auto"] = Field(
         "auto",
         description="AdamW's learning rate; `auto`: 0.64 / rank, with a `public` or `sketch` basis 0.32 / rank "
-        "(as for rank 16 below it); of `lora`, `fedex-lora`, `flora-stacking` and `dylora` 2e-3, of `ffa-lora` and `lora-xs` "
-        "4e-3, of `lora-ga` 1e-4, of `miss`, `bone` and `bone-row` 4e-4, of `ravan` 0.64 / (rank √heads)",
+        "(as for rank 16 below it); of `ffa-lora` and `lora-xs` 4e-3, of `lora-ga` 1e-4, of the other LoRAs 2e-3, of `miss`, "
+        "`bone` and `bone-row` 4e-4, of `ravan` 0.64 / (rank √heads)",
     )
     head_learning_rate: PositiveFloat = Field(
         5e-3, description="AdamW's learning rate for a classification head that is trained along"
@@ -211,6 +206,50 @@ class FederationSection(Section):
     )
     wait_seconds: PositiveFloat = Field(300.0, description="longest wait for min_clients to appear, s")
     round_seconds: PositiveFloat = Field(3600.0, description="longest wait for the replies of one round, s")
+
+
+class StrategySection(Section):
+    """`[strategy]`: what the server makes of the clients' states in a round; docs/strategies.md says what each is and costs."""
+
+    name: Literal[
+        "fedavg",
+        "fedprox",
+        "scaffold",
+        "fedbuff",
+        "fedadam",
+        "fedyogi",
+        "fedadagrad",
+        "trimmed-mean",
+        "median",
+        "krum",
+        "multi-krum",
+    ] = Field("fedavg", description="a row of docs/strategies.md; `fedavg`: the mean, weighted by `federation.weighting`")
+    mu: PositiveFloat = Field(
+        0.01,
+        description="weight μ of the proximal term μ/2·‖w - w₀‖² in a client's loss, w₀ being the global state (only `fedprox`)",
+    )
+    rate: PositiveFloat = Field(0.1, description="the server's learning rate (only `fedadam`, `fedyogi`, `fedadagrad`)")
+    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.9, description="how much of the first moment is kept a round (only `fedadam`, `fedyogi`, `fedadagrad`)"
+    )
+    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.99, description="how much of the second moment is kept a round (only `fedadam`, `fedyogi`)"
+    )
+    tau: PositiveFloat = Field(
+        1e-3, description="what is added to the root of the second moment (only `fedadam`, `fedyogi`, `fedadagrad`)"
+    )
+    concurrency: PositiveInt = Field(4, description="clients that are kept at work (only `fedbuff`)")
+    buffer: PositiveInt = Field(
+        2, description="updates after which a round is over, whenever they were asked for (only `fedbuff`)"
+    )
+    max_staleness: NaturalInt = Field(10, description="rounds by which an update may come late and still count (only `fedbuff`)")
+    trim: Annotated[float, Field(gt=0, lt=0.5)] = Field(
+        0.2, description="share of the values of each number that is cut off on each side (only `trimmed-mean`)"
+    )
+    hostile: PositiveInt = Field(
+        1, description="clients a round that may be hostile without deciding the result (only `krum`, `multi-krum`)"
+    )
+    keep: PositiveInt = Field(2, description="states whose mean is the result (only `multi-krum`)")
 
 
 class PersonalSection(Section):

@@ -22,6 +22,7 @@ from fedsb.report.journal import Journal
 from fedsb.report.screen import screen
 from fedsb.store.files import write_json
 from server.federation import Federation
+from server.personal import evaluate, personalise
 from server.run_folder import run_folder
 from server.summary import summarise
 from strategies.rounds import run_rounds
@@ -61,8 +62,8 @@ def federate(config: RunConfig, grid: Grid, folder: Path, journal: Journal, home
         before_round=run.announce,
         after_round=run.checkpoint,
     )
-    run.personalise(strategy, state)
-    evaluation = run.evaluate(strategy, state)
+    personalise(run, strategy, state)
+    evaluation = evaluate(run, strategy, state)
     journal.tell("end", seconds=round(time.monotonic() - started, 3))
     write_json(folder / "summary.json", summarise(run, basis, evaluation, time.monotonic() - started))
 

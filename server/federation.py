@@ -1,17 +1,16 @@
-"""The steps of a federation at the server, each called once by `server/app.py`, in the order in which they stand here."""
+"""The steps of a federation at the server up to its last round, each called by `server/app.py`, in the order in which they stand here."""
 
 import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord
+from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
 from fedsb.adapters.attach import attach, layout_of, model_section, scale_of, shapes_of, start_state
 from fedsb.adapters.methods import METHODS
-from fedsb.adapters.state import Layout
+from fedsb.adapters.share import share_of
 from fedsb.aggregation.checks import Strikes, check_equal, check_size
 from fedsb.aggregation.error import AggregationError
 from fedsb.basis.frames import Basis
@@ -24,26 +23,17 @@ from fedsb.models import device_of, load_model, load_tokenizer, locate, outline_
 from fedsb.report.journal import Journal
 from fedsb.report.provenance import peak_memory
 from fedsb.sections import SITE_NAME
-from fedsb.store import adapters, checkpoint
+from fedsb.store import checkpoint
 from fedsb.store.basis_files import basis_file, first_basis, load_basis, save_basis
-from fedsb.store.files import read_events
-from fedsb.training.loop import personal_plan
 from fedsb.training.start import basis_source, build_basis, can_rebuild, needs_weights, sketch_plan
 from server.sketching import Sketching
 from strategies.fedsb import FedSB
 from strategies.records import (
-    KEPT,
     LOSS,
-    METRICS,
-    PERSONALISE,
     PREPARE,
-    SECONDS,
-    WHICH,
     Identity,
     Order,
-    bytes_of,
     largest_reply,
-    metric,
     order_message,
     pack_basis,
     pack_state,
@@ -52,8 +42,9 @@ from strategies.records import (
     unpack_state,
 )
 from strategies.rounds import Exchange, RoundResult, Traffic, wait_for_nodes
-from strategies.secure import SecureFedSB
 from strategies.shared import Shared
+from strategies.shares import Shares, check_ranks
+from strategies.table import strategy_of
 
 
 class Federation:
@@ -64,8 +55,10 @@ class Federation:
         self.source = locate(config.model.source)
         self.labels = len(labels_of(config)) or None
         outline = self._model(with_weights=False)
-        self.layout: Layout = layout_of(outline)
+        self.trained = layout_of(outline)
+        self.layout = share_of(self.trained, config.adapter.method, config.adapter.rank).layout
         self.shapes = shapes_of(outline)
+        check_ranks(config, self._admitted().values() if home else config.client_names)
         self.roster: dict[int, str] = {}
         self.names: dict[int, str] = {}  # of every node that was ever in the roster
         self.pauses: dict[int, tuple[int, int]] = {}  # node → rounds until it is asked again, of so many in this pause
@@ -82,7 +75,7 @@ class Federation:
             model=config.model.source,
             method=config.adapter.method,
             rank=config.adapter.rank,
-            trainable=self.layout.size,
+            trainable=self.trained.size,
         )
 
     def choose_basis(self) -> Basis:
@@ -148,7 +141,8 @@ class Federation:
 
     def _check_who(self, node: int, identity: Identity) -> None:
         """Raise ReplyError unless a reply is of a client that may take part, with this run's model."""
-        check_equal("layout", identity.layout, self.layout.fingerprint)
+        share = Shares(self.config, self.layout).share(identity.client)
+        check_equal("layout", identity.layout, share.layout.fingerprint)
         check_equal("base model", identity.model, self.source.sha256)
         if not SITE_NAME.fullmatch(identity.client):
             raise ReplyError(f"bears the name {identity.client[:63]!r}, which is none (a-z, 0-9, dot, dash, underscore)")
@@ -158,9 +152,12 @@ class Federation:
     def strategy(self, basis: Basis) -> FedSB:
         """Step 2's strategy."""
         method, probes = METHODS[self.config.adapter.method], seeded(self.config.seed, "probe")
-        error = AggregationError(method, basis, self.shapes, scale_of(self.config), probes)
-        kind = SecureFedSB if self.config.privacy.secure_sum else FedSB
-        return kind(self.config, self.layout, self._shared(basis), self.roster, self.strikes, error, self.journal.tell)
+        error = None if method.kept else AggregationError(method, basis, self.shapes, scale_of(self.config), probes)
+        kind, shared = strategy_of(self.config), self._shared(basis)
+        strategy = kind(self.config, self.layout, shared, self.roster, self.strikes, error, self.journal.tell)
+        if self.last:
+            strategy.memory, strategy.notes = dict(self.last.memory), dict(self.last.progress["strategy"])
+        return strategy
 
     def restore_or_start(self, basis: Basis) -> tuple[int, ArrayRecord]:
         """The last finished round and its state; before the first round, the core at the start."""
@@ -201,81 +198,13 @@ class Federation:
             save_basis(self.folder, self.shared.basis, self.shared.before)
         basis = self.shared.basis.fingerprint
         peak = max(self.peak_memory, peak_memory())
-        counts = {"strikes": self.strikes.counts, "peak_memory": peak}
+        counts = {"strikes": self.strikes.counts, "peak_memory": peak, "strategy": result.notes}
         progress = {"bytes": vars(self.traffic), "history": self.history, **counts}
-        digest, model = self.config.digest(), self.source.sha256
-        checkpoint.save(self.folder, checkpoint.Checkpoint(result.round, state, digest, basis, model, progress))
-        self._name("silent", result.round, result.silent)
-        self._name("late", result.round, result.late)
+        digest, model, memory = self.config.digest(), self.source.sha256, dict(result.memory)
+        checkpoint.save(self.folder, checkpoint.Checkpoint(result.round, state, digest, basis, model, progress, memory))
+        self.name_nodes("silent", result.round, result.silent)
+        self.name_nodes("late", result.round, result.late)
         self.journal.tell("round", rounds=self.config.federation.rounds, **entry)
-
-    def personalise(self, strategy: FedSB, state: ArrayRecord) -> None:
-        """Step 3: every client that has not yet published from this state goes on alone; its core enters the store."""
-        rounds, store = self.config.federation.rounds, self.folder / "adapters"
-        published = adapters.clients(store)
-        for moved in self._personal_traffic(published):
-            self.traffic.add(moved)
-        missing = {node: name for node, name in self.roster.items() if name not in published}
-        if not missing:
-            return
-        started = time.monotonic()
-        self.journal.tell("stage", title="personalising", clients=len(missing))
-        exchange = Exchange(self.grid, self.config.federation.round_seconds)
-        order = strategy.order(rounds)
-        messages = [strategy.question(node, PERSONALISE, order, state) for _, node in sorted((n, i) for i, n in missing.items())]
-        strategy.expect(state, personal_plan(self.config), "fp32")
-        for client, reply in strategy.accepted(rounds, exchange(messages), self.layout.size):
-            try:
-                seconds = {} if strategy.private else {"seconds": metric(reply, SECONDS)}
-                loss = {"loss": metric(reply, LOSS)} if self.config.personal.steps and not strategy.private else {}
-                kept = KEPT in (reply.content.get(METRICS) or {})
-                personal = None if kept else strategy.usable(reply)[0]
-            except ReplyError as error:
-                strategy.refuse(rounds, client, error)
-                continue
-            if personal is None:  # the site's policy
-                self.journal.tell("kept", round=rounds, client=client, **loss, **seconds)
-                continue
-            up, down = bytes_of(reply), bytes_of(messages[0])  # read back by _personal_traffic
-            self.journal.tell("personal", round=rounds, client=client, **loss, **seconds, up=up, down=down)
-            adapters.publish(
-                store,
-                client,
-                self.layout.unflatten(personal),
-                base_model=adapters.ModelId(name=self.source.name, sha256=self.source.sha256),
-                method=self.config.adapter.method,
-                rank=self.config.adapter.rank,
-                basis_fingerprint=strategy.basis,
-                scale=scale_of(self.config),
-                round=rounds,
-                task=Identity.of(reply).task,
-            )
-        self.traffic.add(exchange.traffic)
-        self._name("silent", rounds, exchange.silent)
-        self.journal.tell(
-            "personalised",
-            clients=len(adapters.clients(store)),
-            up=exchange.traffic.up,
-            down=exchange.traffic.down,
-            seconds=round(time.monotonic() - started, 3),
-        )
-
-    def evaluate(self, strategy: FedSB, state: ArrayRecord, which: Sequence[str] = WHICH) -> dict[str, dict[str, dict[str, Any]]]:
-        """Step 4: base, global and personal on every client's own test set; base | global | personal → client → score."""
-        rounds = self.config.federation.rounds
-        if strategy.private and self.config.privacy.scores == "withheld":
-            return {each: {} for each in which}
-        self.journal.tell("stage", title=f"scoring {', '.join(which)}", clients=len(self.roster) * len(which))
-        exchange = Exchange(self.grid, self.config.federation.round_seconds)
-        messages = strategy.configure_evaluate(rounds, state, ConfigRecord({"which": ",".join(which)}), self.grid)
-        found: dict[str, dict[str, dict[str, Any]]] = {each: {} for each in which}
-        for client, scores in strategy.scores(rounds, exchange(messages)):
-            for each in [each for each in which if each in scores]:
-                found[each][client] = scores[each]
-                self.journal.tell("scored", which=each, client=client, **scores[each])
-        self.traffic.add(exchange.traffic)
-        self._name("silent", rounds, exchange.silent)
-        return found
 
     def _model(self, *, with_weights: bool) -> Any:
         section, device = self.config.model, device_of(self.config.runtime.device)
@@ -321,19 +250,15 @@ class Federation:
         self.traffic.basis += exchange.traffic.down if arrays is not None else 0
         self.traffic.down += exchange.traffic.down if arrays is None else 0
         self.traffic.up += exchange.traffic.up
-        self._name("silent", 0, exchange.silent)
+        self.name_nodes("silent", 0, exchange.silent)
         return behind
 
     def _admitted(self) -> dict[int, str]:
         """Node id → the name that it was admitted under; empty in a simulation."""
         return {int(site.node): name for name, site in Home(self.home).admitted().items()} if self.home else {}
 
-    def _personal_traffic(self, published: list[str]) -> list[Traffic]:
-        """What was moved for clients that published before this run was resumed; told before they published."""
-        told = {e["client"]: e for e in read_events(self.journal.path) if e["event"] == "personal"}
-        return [Traffic(up=told[name]["up"], down=told[name]["down"]) for name in published if name in told]
-
-    def _name(self, event: str, server_round: int, nodes: list[int]) -> None:
+    def name_nodes(self, event: str, server_round: int, nodes: list[int]) -> None:
+        """Tell the journal of nodes, by the names of their clients."""
         names = self._admitted() | self.names if nodes else {}
         for node in nodes:
             self.journal.tell(event, round=server_round, client=names.get(node, f"node {node}"))

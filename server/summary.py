@@ -23,11 +23,12 @@ def summarise(run: Federation, basis: Basis, evaluation: dict[str, Any], seconds
     return {
         "model": {"name": run.source.name, "sha256": run.source.sha256},
         "method": config.adapter.method,
+        "strategy": config.strategy.name,
         "rank": config.adapter.rank,
         "seed": config.seed,
         "clients": len(run.roster),
         "rounds": config.federation.rounds,
-        "trainable_parameters": run.layout.size,
+        "trainable_parameters": run.trained.size,
         "basis": {"source": basis_source(config), "fingerprint": basis.fingerprint, "bytes": basis.nbytes},
         "bytes": {
             "basis": run.traffic.basis,

@@ -9,9 +9,8 @@ import dataclasses
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -19,19 +18,20 @@ from torch import Tensor
 
 from fedsb.adapters.attach import restarted, scale_of
 from fedsb.adapters.methods import METHODS
-from fedsb.adapters.state import HEAD, Layout
-from fedsb.aggregation.checks import Reach, Strikes, check_equal, check_size, check_vector, check_weight
+from fedsb.adapters.state import Layout
+from fedsb.aggregation.checks import Strikes, check_equal, check_size, check_weight
 from fedsb.aggregation.error import AggregationError
+from fedsb.aggregation.factors import mean_of, padded
 from fedsb.aggregation.folding import fold_of
-from fedsb.aggregation.mean import Mean
+from fedsb.aggregation.mean import Aggregate, Mean
 from fedsb.aggregation.private import PrivateMean
 from fedsb.config import RunConfig
 from fedsb.errors import ReplyError
 from fedsb.privacy.mechanism import mechanism_of
 from fedsb.privacy.noise import KeyStream
-from fedsb.training.loop import Plan, largest_update, round_plan
+from fedsb.training.loop import round_plan
 from strategies.records import (
-    ARRAYS,
+    DTYPES,
     EVALUATE,
     EXACT_MATCH,
     EXAMPLES,
@@ -50,26 +50,28 @@ from strategies.records import (
     pack_state,
     reason_of,
     size_of,
-    unpack_state,
 )
 from strategies.rounds import Exchange
 from strategies.shared import Shared
+from strategies.shares import Shares
 
 Tell = Callable[..., None]
 
 
-class FedSB(Strategy):
+class FedSB(Shares, Strategy):
     """Flower strategy for Fed-SB.
 
     Args:
         config: the run.
-        layout: names and shapes of a state.
+        layout: names and shapes of the state that the server keeps.
         shared: the basis, and who has which of it.
         roster: node id → client name, kept up to date by the server; who is left out goes from it.
         strikes: refused replies so far.
-        error: measures the aggregation error on the real matrices.
+        error: measures the aggregation error on the real matrices; None for a method whose updates the server never sees.
         tell: called with an event's name and fields, for the journal.
     """
+
+    vectors: ClassVar[int] = 1  # of the size of a state, in a reply
 
     def __init__(
         self,
@@ -78,15 +80,17 @@ class FedSB(Strategy):
         shared: Shared,
         roster: MutableMapping[int, str],
         strikes: Strikes,
-        error: AggregationError,
+        error: AggregationError | None,
         tell: Tell,
     ) -> None:
-        self.config, self.layout, self.shared = config, layout, shared
-        self.method, self.scale = METHODS[config.adapter.method], scale_of(config)
+        super().__init__(config, layout)
+        self.shared, self.method, self.scale = shared, METHODS[config.adapter.method], scale_of(config)
         self.roster, self.strikes, self.error, self.tell = roster, strikes, error, tell
         self.private = config.privacy.unit != "none"
         self.stream = KeyStream()
         self.exchanges: list[Exchange] = []  # of the round, besides that of training
+        self.memory: dict[str, Tensor] = {}  # what a strategy remembers from round to round; a checkpoint holds it
+        self.notes: dict[str, Any] = {}  # the same, as JSON
 
     @property
     def basis(self) -> str:
@@ -127,23 +131,8 @@ class FedSB(Strategy):
         """The global state to every client drawn for this round."""
         nodes, self.wanted = self.sample(server_round)
         self.expect(arrays, round_plan(self.config, server_round), self.config.federation.wire_dtype)
-        return [self.question(node, TRAIN, self.order(server_round), arrays) for node in nodes]
-
-    def expect(self, arrays: ArrayRecord, plan: Plan, dtype: Literal["fp32", "bf16"]) -> None:
-        """Remember which states can come back from this one, and in which dtype, for `accepted` and `usable`."""
-        core, head = largest_update(plan)
-        reach, limit = METHODS[self.config.adapter.method].reach, self.config.federation.max_update_norm
-        self.sent = unpack_state(arrays)
-        sent = self.layout.unflatten(self.sent)
-        largest = {name: torch.full_like(t, head) if name.startswith(HEAD) else reach(core, t) for name, t in sent.items()}
-        self.reach = Reach.of(
-            self.sent,
-            self.layout.flatten(largest),
-            plan.count,
-            bf16=dtype == "bf16",
-            norm=None if limit == "auto" else limit,
-        )
-        self.dtype = dtype
+        order = self.order(server_round)
+        return [self.question(node, TRAIN, order, self.sent_to(self.roster[node], arrays)) for node in nodes]
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The exact mean of the cores that pass their checks; None if fewer than `min_clients` do.
@@ -153,35 +142,59 @@ class FedSB(Strategy):
         if self.config.privacy.unit == "client":
             return self._aggregate_private(server_round, replies)
         federation = self.config.federation
-        mean, losses = Mean(self.layout.size), Mean(1)
+        mean, losses = self.mean(), Mean(1)
         kept: list[tuple[Tensor, float]] = []  # by methods that need them one by one
-        self.error.start()
-        for client, reply in self.accepted(server_round, replies, self.layout.size):
+        if self.error:
+            self.error.start()
+        for client, reply in self.accepted(server_round, replies, vectors=self.vectors):
             try:
                 examples, loss, seconds = self.told(reply)
                 check_weight(examples)
-                vector, norm = self.usable(reply)
+                vector, norm = self.usable(client, reply)
+                self.also(client, reply)
             except ReplyError as error:
                 self.refuse(server_round, client, error)
                 continue
             counted = min(examples, federation.max_examples or examples)
             weight = float(counted) if federation.weighting == "examples" else 1.0
-            mean.add(vector, weight)
+            index = self.returned(client).index
+            mean.add(vector, weight, index)
             losses.add(vector.new_tensor([loss]), weight)
             if self.method.fold:
                 kept.append((vector, weight))
-            self.error.add(self.layout.unflatten(vector), weight)
+            if self.error:
+                self.error.add(self.layout.unflatten(padded(vector, index)), weight)
             told = {} if self.private else {"examples": examples, "loss": loss, "seconds": seconds}
             self.tell("reply", round=server_round, client=client, norm=norm, **told)
             if federation.over_sample > 1 and mean.count == self.wanted:
                 break
         if mean.count < federation.min_clients:
             return None, None
-        state = self._fold(server_round, kept, mean.result())
-        record = pack_state(state, self.config.federation.wire_dtype)
-        distance = self.error.result(self.layout.unflatten(unpack_state(record)))  # of what the clients will get
+        average = self._fold(server_round, kept, mean.result(self.sent))
+        distance = self.distance(average)
         metrics = MetricRecord({LOSS: float(losses.result()), "aggregation-error": distance, "clients": mean.count})
-        return record, metrics
+        return pack_state(self.step(average, server_round, mean.held), federation.wire_dtype), metrics
+
+    def mean(self) -> Aggregate:
+        """What makes one state of a round's states, empty."""
+        return mean_of(self.config.adapter.method, self.layout)
+
+    def also(self, client: str, reply: Message) -> None:
+        """Take what else a strategy has in a reply whose state counts. Raises ReplyError, before it does, if that must not."""
+
+    def step(self, average: Tensor, server_round: int, held: Tensor | None = None) -> Tensor:
+        """The new global state (size,), of a round's mean; this is called once a round that counts.
+
+        `held`: which numbers (size,) came back from somebody; None: all did.
+        """
+        return average
+
+    def distance(self, average: Tensor) -> float:
+        """The aggregation error of a round's mean in the dtype in which it travels; NaN where it is not meant to be the mean of
+        updates, or the server sees none."""
+        if self.error is None:
+            return math.nan
+        return self.error.result(self.layout.unflatten(average.to(DTYPES[self.config.federation.wire_dtype])))
 
     def _fold(self, server_round: int, clients: Sequence[tuple[Tensor, float]], mean: Tensor) -> Tensor:
         """The state that goes out next: the mean; or, where the method folds something into the weights, what is left."""
@@ -191,7 +204,8 @@ class FedSB(Strategy):
         fold = fold_of(self.method.fold, states, average, self.scale)
         if any(u.shape[1] for u, _ in fold.values()):  # one client alone leaves nothing
             self.shared.fold(fold)
-            self.error.fold(fold)
+            if self.error:
+                self.error.fold(fold)
         if self.method.restarts:
             average = restarted(self.layout, self.config.seed, server_round, average)
         return self.layout.flatten(average)
@@ -200,15 +214,15 @@ class FedSB(Strategy):
         """The mean under privacy by client. However few answer there is one, since how many do is private."""
         federation, mechanism = self.config.federation, mechanism_of(self.config, self.config.federation.clients)
         mean = PrivateMean(self.sent, mechanism, federation.fraction * federation.clients, self.stream)
-        for client, reply in self.accepted(server_round, replies, self.layout.size):
+        for client, reply in self.accepted(server_round, replies):
             try:
-                vector, norm = self.usable(reply)
+                vector, norm = self.usable(client, reply)
             except ReplyError as error:
                 self.refuse(server_round, client, error)
                 continue
             mean.add(vector)
             self.tell("reply", round=server_round, client=client, norm=norm)
-        record = pack_state(mean.result(), federation.wire_dtype)
+        record = pack_state(self.step(mean.result(), server_round), federation.wire_dtype)
         return record, MetricRecord({LOSS: math.nan, "aggregation-error": math.nan, "clients": mean.count})
 
     def told(self, reply: Message) -> tuple[float, float, float]:
@@ -221,8 +235,11 @@ class FedSB(Strategy):
         """The question `config["which"]` (some of base, global, personal, with commas) to every client in one message each;
         the state goes along only where `global` is asked."""
         which = str(config["which"])
-        order, state = self.order(server_round, which), arrays if "global" in which.split(",") else None
-        return [self.question(node, EVALUATE, order, state) for _, node in sorted((n, i) for i, n in self.roster.items())]
+        order, told = self.order(server_round, which), "global" in which.split(",")
+        return [
+            self.question(node, EVALUATE, order, self.sent_to(name, arrays) if told else None)
+            for name, node in sorted((n, i) for i, n in self.roster.items())
+        ]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Means over all test examples, such as `global-loss` and `global-exact-match`; and `n`, how many they are."""
@@ -260,12 +277,13 @@ class FedSB(Strategy):
                 continue
             yield client, score
 
-    def accepted(self, server_round: int, replies: Iterable[Message], numbers: int) -> Iterator[tuple[str, Message]]:
+    def accepted(
+        self, server_round: int, replies: Iterable[Message], numbers: int | None = None, vectors: int = 1
+    ) -> Iterator[tuple[str, Message]]:
         """The replies that answer this round's question, with their clients' names; the others are refused and named.
 
-        `numbers`: how many the state in a reply has; 0 if there is to be none.
+        `numbers`: how many the state in a reply has, by default those of `returned`, `vectors` times; 0 if there is to be none.
         """
-        most = largest_reply(numbers, self.dtype if numbers else "fp32")
         answered: set[str] = set()
         for reply in replies:
             client = self.roster.get(reply.metadata.src_node_id, f"node {reply.metadata.src_node_id}")
@@ -273,12 +291,13 @@ class FedSB(Strategy):
                 if reply.has_error():  # also a refusal by the site's policy: no strike, since nothing false was said
                     self.tell("refused", round=server_round, client=client, reason=f"failed: {reason_of(reply.error)}")
                     continue
-                check_size(size_of(reply), most)
+                size = vectors * self.returned(client).layout.size if numbers is None else numbers
+                check_size(size_of(reply), largest_reply(size, self.dtype if size else "fp32"))
                 identity = Identity.of(reply)
                 check_equal("client", identity.client, client)
                 check_equal("round", identity.round, server_round)
                 check_equal("basis", identity.basis, self.basis)
-                check_equal("layout", identity.layout, self.layout.fingerprint)
+                check_equal("layout", identity.layout, self.share(client).layout.fingerprint)
                 if client in answered:
                     raise ReplyError("answered twice")
             except ReplyError as error:
@@ -287,19 +306,6 @@ class FedSB(Strategy):
             answered.add(client)
             self.shared.has_all(client)
             yield client, reply
-
-    def usable(self, reply: Message) -> tuple[Tensor, float]:
-        """The flat state of a reply, and the norm of its difference from the one sent.
-
-        Raises ReplyError if there is none, or one that must not be counted.
-        """
-        try:
-            record = reply.content[ARRAYS]
-        except KeyError:
-            raise ReplyError("sent no arrays") from None
-        vector = unpack_state(record, self.dtype)
-        check_vector(vector, self.layout.size)
-        return vector, self.reach.check(vector)
 
     def refuse(self, server_round: int, client: str, error: ReplyError) -> None:
         """Write down whose reply was refused, and why. After too many of them the client goes from the roster."""

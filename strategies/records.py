@@ -25,6 +25,7 @@ ARRAYS, CONFIG, METRICS, IDENTITY, BASIS = "arrays", "config", "metrics", "ident
 FOLDS = "folds"  # beside a question: what was folded into the weights since the client was last asked
 EXAMPLES, LOSS, SECONDS, EXACT_MATCH = "num-examples", "loss", "seconds", "exact-match"
 STATE = "state"
+VARIATES = "variates"  # SCAFFOLD's c on the way down, and what a client's own changes by on the way up
 SHARED = ("fedsb", "flwr")
 KEPT = "kept"  # metric of a client whose policy keeps its personal adapter at home
 WHICH = ("base", "global", "personal")  # whose scores there are; a score's metrics are `global-loss`, `global-exact-match`
@@ -126,6 +127,7 @@ class Order:
         versions: of the server's packages (`shared_versions`).
         before: fingerprint of the basis that the `folds` in this message make `basis`, if there are any.
         members: how many clients are asked to take part in the secure sum that this belongs to; 0: there is none.
+        variate: the client's own control variate that training begins with (SCAFFOLD); "": it is zero.
     """
 
     run: str
@@ -135,29 +137,30 @@ class Order:
     versions: str = field(default_factory=shared_versions)
     members: int = 0
     before: str = ""
+    variate: str = ""
 
     def record(self) -> ConfigRecord:
         """As it travels."""
-        return ConfigRecord(
-            {
-                "run": self.run,
-                "round": self.round,
-                "basis": self.basis,
-                "which": self.which,
-                "versions": self.versions,
-                "members": self.members,
-                "before": self.before,
-            }
-        )
+        told: dict[str, str | int] = {
+            "run": self.run,
+            "round": self.round,
+            "basis": self.basis,
+            "which": self.which,
+            "versions": self.versions,
+            "members": self.members,
+        }
+        more = {name: text for name, text in (("before", self.before), ("variate", self.variate)) if text}
+        return ConfigRecord({**told, **more})
 
     @classmethod
     def of(cls, content: RecordDict) -> "Order":
         """Read the order of a message's content. Raises ReplyError if it has none."""
         try:
             config = content[CONFIG]
-            run, basis, which, versions, before = (str(config[key]) for key in ("run", "basis", "which", "versions", "before"))
+            run, basis, which, versions = (str(config[key]) for key in ("run", "basis", "which", "versions"))
             number, members = int(config["round"]), int(config["members"])  # type: ignore[arg-type]
-            return cls(run, number, basis, which, versions, members, before)
+            before, variate = (str(config.get(key, "")) for key in ("before", "variate"))
+            return cls(run, number, basis, which, versions, members, before, variate)
         except (KeyError, TypeError, ValueError) as error:
             raise ReplyError(
                 f"the question lacks {str(error).strip(chr(39))}; use the same version of fedsb everywhere"

@@ -6,13 +6,15 @@ Flower's own loop waits without bound, loses the whole run to one bad reply and 
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from torch import Tensor
 
 from fedsb.errors import FederationError
 from strategies.records import bytes_of
@@ -46,6 +48,8 @@ class RoundResult:
     silent: list[int]
     late: list[int]
     seconds: float
+    memory: Mapping[str, Tensor] = field(default_factory=dict)  # what a strategy of ours remembers from round to round
+    notes: Mapping[str, Any] = field(default_factory=dict)  # the same, as JSON
 
 
 @dataclass
@@ -149,7 +153,7 @@ def run_rounds(
     """
     for server_round in range(first, last + 1):
         started = time.monotonic()
-        exchange = Exchange(grid, seconds)
+        exchange = getattr(strategy, "exchange", Exchange)(grid, seconds)
         admit()
         messages = list(strategy.configure_train(server_round, arrays, config(server_round), grid))
         before_round(server_round, len(messages))
@@ -165,5 +169,6 @@ def run_rounds(
             exchange.traffic.add(more.traffic)
         seconds_taken = time.monotonic() - started
         silent, late = exchange.silent, exchange.late
-        after_round(RoundResult(server_round, arrays, metrics, exchange.traffic, silent, late, seconds_taken))
+        memory, notes = getattr(strategy, "memory", {}), getattr(strategy, "notes", {})
+        after_round(RoundResult(server_round, arrays, metrics, exchange.traffic, silent, late, seconds_taken, memory, notes))
     return arrays

@@ -153,7 +153,7 @@ class SecureFedSB(FedSB):
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Add up the masked updates, take the masks away, and move the global core by their mean."""
         losses, count, members = Mean(1), 0, self.summing.order.members
-        for client, reply in self.accepted(server_round, replies, self.layout.size):
+        for client, reply in self.accepted(server_round, replies):
             try:
                 examples, loss, seconds = self.told(reply)
                 check_weight(examples)
@@ -170,6 +170,7 @@ class SecureFedSB(FedSB):
         fixed = fixed_point_of(self.config, server_round, members, self.sent)
         total = self.summing.total(fixed, count)
         divisor = self.config.federation.clients if self.config.privacy.unit == "client" else count
-        record = pack_state(self.sent + (total / divisor).float(), self.config.federation.wire_dtype)
+        average = self.sent + (total / divisor).float()
+        record = pack_state(self.step(average, server_round), self.config.federation.wire_dtype)
         self.tell("secure-sum", round=server_round, asked=members, summed=count, error=fixed.mean_error)
         return record, MetricRecord({LOSS: float(losses.result()), "aggregation-error": math.nan, "clients": count})

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    ["fedsb.errors", "fedsb.validation", "fedsb.sections", "fedsb.config"],
+    ["fedsb.errors", "fedsb.abilities", "fedsb.validation", "fedsb.sections", "fedsb.settings", "fedsb.config"],
     ["fedsb.models", "fedsb.data", "fedsb.basis", "fedsb.privacy"],
     ["fedsb.adapters"],
     ["fedsb.aggregation", "fedsb.training", "fedsb.store", "fedsb.report"],
@@ -19,7 +19,10 @@ FLOORS = [
 ]
 SAME_FLOOR = {
     ("fedsb.config", "fedsb.errors"),
-    ("fedsb.config", "fedsb.sections"),
+    ("fedsb.config", "fedsb.settings"),
+    ("fedsb.settings", "fedsb.abilities"),
+    ("fedsb.settings", "fedsb.sections"),
+    ("fedsb.sections", "fedsb.abilities"),
     ("fedsb.config", "fedsb.validation"),
     ("fedsb.validation", "fedsb.errors"),
     ("fedsb.models", "fedsb.data"),

@@ -23,7 +23,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from fedsb.adapters.lora import LORA, lora_config
-from fedsb.adapters.method import Masks, Method, Parts
+from fedsb.adapters.method import Masks, Method
 from fedsb.config import RunConfig
 from fedsb.data.seeds import generator
 
@@ -91,15 +91,10 @@ def _around(config: RunConfig, model: nn.Module, client: str) -> Callable[[int],
     return lambda step: at_rank(model, drawn_rank(config, client, step), config.adapter.frozen)
 
 
-def _nested(parts: Parts, b: Tensor | None, a: Tensor | None, scale: float, rank: int) -> tuple[Tensor, ...]:
-    whole = parts["A"].shape[0]
-    return scale * (whole / rank) * parts["B"][:, :rank], parts["A"][:rank]
-
-
 SAYS = (
     "Each layer computes `y = W0 x + (alpha/r) B A x`; the sites train A and B, which are averaged apart, at ranks b drawn by "
     "chance, so that the first b rows of A and columns of B work too, with alpha/b."
 )
 DYLORA = Method(
-    lora_config, LORA.parts, (), LORA.chain, exact=False, says=SAYS, rate=2e-3, around=_around, nested=_nested
+    lora_config, LORA.parts, (), LORA.chain, exact=False, says=SAYS, rate=2e-3, around=_around, nested=True
 )  # the rate of LoRA, untuned

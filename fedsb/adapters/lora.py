@@ -28,9 +28,10 @@ def start_of_a(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
-def _chain(parts: Parts, b: Tensor | None, a: Tensor | None, scale: float) -> tuple[Tensor, ...]:
+def lora_chain(parts: Parts, b: Tensor | None, a: Tensor | None, scale: float) -> tuple[Tensor, ...]:
+    """(α/r)·B and A."""
     return scale * parts["B"], parts["A"]
 
 
 SAYS = "Each layer computes `y = W0 x + (alpha/r) B A x`; the sites train A and B, which are averaged apart (FedIT)."
-LORA = Method(lora_config, {"A": ("r", "in"), "B": ("out", "r")}, (), _chain, exact=False, says=SAYS, rate=2e-3)
+LORA = Method(lora_config, {"A": ("r", "in"), "B": ("out", "r")}, (), lora_chain, exact=False, says=SAYS, rate=2e-3)

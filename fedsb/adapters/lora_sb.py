@@ -128,6 +128,7 @@ class LoraSbLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.fedsb_core = nn.ModuleDict()
         self.fedsb_basis = nn.ModuleDict()
+        self.cut: int | None = None  # of cores: in the forward pass only their leading block of this size is used
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self.update_layer(adapter_name, core)
@@ -204,18 +205,22 @@ class LoraSbLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return self._add_mixed(x, y, adapter_names)
         for name in self.active_adapters:
             if name in self.fedsb_core:
-                y = self._add(x, y, self.frames(name), self.core(name))
+                y = self._add(x, y, self.frames(name), self.core(name), self.cut)
         return y
 
     @staticmethod
-    def _add(x: Tensor, y: Tensor, frames: Frames, core: nn.Module) -> Tensor:
+    def _add(x: Tensor, y: Tensor, frames: Frames, core: nn.Module, cut: int | None) -> Tensor:
         dtype = torch.promote_types(x.dtype, frames.A.dtype)
-        h = functional.linear(x.to(dtype), frames.A.to(dtype))  # (…, r)
-        h = core(h.to(next(core.parameters()).dtype)).to(dtype)  # the core is the fp32 master, whatever the model computes in
+        b, a = frames.B[:, :cut].to(dtype), frames.A[:cut].to(dtype)
+        h = functional.linear(x.to(dtype), a)  # (…, r)
+        if cut is not None:  # the core is a module, so it takes all of its inputs; those beyond the block are zero
+            h = functional.pad(h, (0, frames.A.shape[0] - cut))
+        wide = next(core.parameters()).dtype  # the core is the fp32 master, whatever the model computes in
+        h = core(h.to(wide)).to(dtype)[..., :cut]
         if dtype != y.dtype:
-            return y + functional.linear(h, frames.B.to(dtype)).to(y.dtype)
+            return y + functional.linear(h, b).to(y.dtype)
         rows, h = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1])
-        flat = torch.addmm(rows, h, frames.B.to(dtype).T)  # y + B·R·A·x in one pass
+        flat = torch.addmm(rows, h, b.T)  # y + B·R·A·x in one pass
         return flat.view(y.shape)
 
     def _add_mixed(self, x: Tensor, y: Tensor, adapter_names: Sequence[str]) -> Tensor:

@@ -56,7 +56,8 @@ class Method:
         heads: whether an update is a sum of `adapter.heads` heads of rank r.
         native: parts → the tensors of a core in our own format; None: there is no core.
         around: (run, model, client) → what is open around each of the client's steps; None: nothing.
-        nested: `chain` with one argument more, a smaller rank, and the update at that; None: there are no smaller ranks.
+        kept: parts (and `head`) that stay with each client and never travel in training (`fedsb.adapters.share`).
+        nested: whether its adapters may be cut to a lower rank: leading columns of B, block of the core, rows of A.
         reach: (how far AdamW's steps can move a trained number, the state that was sent) → how far they can move the state.
     """
 
@@ -76,13 +77,19 @@ class Method:
     heads: bool = False
     native: Callable[[Parts], dict[str, Tensor]] | None = None
     around: Callable[[RunConfig, nn.Module, str], Around] | None = None
-    nested: Callable[[Parts, Tensor | None, Tensor | None, float, int], tuple[Tensor, ...]] | None = None
+    kept: tuple[str, ...] = ()
+    nested: bool = False
     reach: Callable[[float, Tensor], Tensor] = by_steps
 
     @property
     def folds(self) -> bool:
         """Whether something is added to W0: once at the start, or after each round."""
         return self.fold is not None or self.start is not None
+
+    def cut(self, part: str, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+        """The shape of a part's leading block at a rank; a head's parameter stays as it is."""
+        letters = self.parts.get(part)
+        return shape if letters is None else tuple(min(n, rank) if x == "r" else n for n, x in zip(shape, letters, strict=True))
 
     def fits(self, part: str, shape: tuple[int, ...], rank: int) -> bool:
         """Whether a part of some layer can have this shape at this rank."""

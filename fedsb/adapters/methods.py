@@ -3,6 +3,7 @@
 from fedsb.adapters.bone import BONE, BONE_ROW
 from fedsb.adapters.dylora import DYLORA
 from fedsb.adapters.fedex_lora import FEDEX_LORA
+from fedsb.adapters.fedsa_lora import FEDSA_LORA
 from fedsb.adapters.ffa_lora import FFA_LORA
 from fedsb.adapters.flora_stacking import FLORA_STACKING
 from fedsb.adapters.lora import LORA
@@ -11,6 +12,8 @@ from fedsb.adapters.lora_sb import LORA_SB
 from fedsb.adapters.lora_xs import LORA_XS
 from fedsb.adapters.method import Method
 from fedsb.adapters.miss import MISS
+from fedsb.adapters.nested_sb import NESTED_SB
+from fedsb.adapters.ranks_lora import FLEXLORA, HETLORA
 from fedsb.adapters.ravan import RAVAN
 
 METHODS: dict[str, Method] = {
@@ -26,4 +29,8 @@ METHODS: dict[str, Method] = {
     "bone-row": BONE_ROW,
     "ravan": RAVAN,
     "dylora": DYLORA,
+    "nested-sb": NESTED_SB,
+    "fedsa-lora": FEDSA_LORA,
+    "hetlora": HETLORA,
+    "flexlora": FLEXLORA,
 }

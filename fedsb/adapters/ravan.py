@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedsb.abilities import HEADS as DEFAULT_HEADS
 from fedsb.adapters.lora_sb import LoraSbConfig, LoraSbLinear
 from fedsb.adapters.method import Method, Parts
 from fedsb.basis.frames import Basis
 from fedsb.basis.spectral import heads_basis
-from fedsb.sections import HEADS as DEFAULT_HEADS
 
 HEADS, SCALES = ".heads", ".scales"
 

@@ -97,6 +97,14 @@ class Basis:
         folded = (t for fold in self.folds for pair in fold.values() for t in pair)
         return sum(t.numel() * t.element_size() for t in (*frames, *folded))
 
+    def cut(self, rank: int) -> "Basis":
+        """The leading columns of B, rows of A and blocks of R0."""
+        return Basis(
+            {name: b[:, :rank].contiguous() for name, b in self.B.items()},
+            {name: a[:rank].contiguous() for name, a in self.A.items()},
+            {name: r0[:rank, :rank].contiguous() for name, r0 in self.R0.items()},
+        )
+
     def to(self, dtype: torch.dtype) -> "Basis":
         """The same basis with B and A kept in `dtype`; R0 and folds stay fp32."""
         return Basis(

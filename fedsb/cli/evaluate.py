@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 
+from clients import own
 from clients.session import Session, Site
 from fedsb.errors import StoreError
 from fedsb.report.table import evaluation_table
@@ -39,19 +41,27 @@ def evaluate_run(run: Path) -> dict[str, dict[str, dict[str, Any]]]:
     if config.data.partition == "own" and not (run / "sites").exists():
         raise StoreError(f"{run}: its sites hold their data themselves; the scores that they gave are in its summary.json")
     session = Session(config)
+    if session.kept and not (run / "sites").exists():
+        raise StoreError(
+            f"{run}: with adapter.method = {config.adapter.method} its sites keep parts of the model themselves; the scores that "
+            "they gave are in its summary.json"
+        )
     checkpoint.check_model(last, session.model_sha256, config.model.source)
     basis = load_basis(run, last.basis_fingerprint)
     session.use(basis)
+    blank = torch.zeros(session.layout.size)
+    everything = session.layout.flatten(session.layout.unflatten(blank) | last.state)
     stored = set(adapters.clients(run / "adapters"))
     scores: dict[str, dict[str, dict[str, Any]]] = {"base": {}, "global": {}, "personal": {}}
     for index, name in enumerate(config.client_names):
         site = Site(name, index, run / "sites")
-        vectors = {"global": session.layout.flatten(last.state)}
+        share, published = session.share(site).take(everything), session.published(site)
+        vectors = {"global": own.whole(session, site, share, last.round + 1)}
         if name in stored:
-            own = adapters.load(run / "adapters", name)
-            if own.manifest.basis_fingerprint != basis.fingerprint:
+            mine = adapters.load(run / "adapters", name)
+            if mine.manifest.basis_fingerprint != basis.fingerprint:
                 raise StoreError(f"{run}/adapters/{name}: is of another basis than the run; publish it again")
-            vectors["personal"] = session.layout.flatten(own.state)
+            vectors["personal"] = published.put(published.layout.flatten(mine.state), blank)
         found = {"base": session.score_base(site)} | {which: session.score(site, vector) for which, vector in vectors.items()}
         for which, score in found.items():
             scores[which][name] = {

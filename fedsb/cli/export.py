@@ -38,16 +38,14 @@ def export(
         int | None,
         typer.Option(
             min=1,
-            help="rank of the plain LoRA: a smaller one, where the method has those (dylora), or that to which updates are cut "
-            "that are no LoRA (bone; twice their own by default)",
+            help="rank of the plain LoRA: a smaller one, where adapters may be cut (docs/methods.md), or that to which updates "
+            "are truncated that are no LoRA (bone; twice their own by default)",
         ),
     ] = None,
 ) -> None:
     """Write personal adapters of a run as folders: plain LoRA for PEFT and vLLM, or our own format."""
     if (client is None) == (not all_):
         raise StoreError("name one client with --client NAME, or all of them with --all")
-    if rank is not None and format_ is not Format.lora:
-        raise StoreError("--rank is that of a plain LoRA; leave it out, or set --format lora")
     config, store = load_run(run), run / "adapters"
     names = adapters.clients(store) if all_ else [str(client)]
     if not names:
@@ -60,7 +58,7 @@ def export(
         stored = adapters.load(store, name)
         basis = load_basis(run, stored.manifest.basis_fingerprint)
         if format_ is Format.core:
-            folder = export_core(stored, basis, out / name, modules=modules)
+            folder = export_core(stored, basis, out / name, modules=modules, rank=rank)
         else:
             weights = _weights(model, stored, source) if whole else None
             folder = export_lora(stored, basis, out / name, modules=modules, weights=weights, rank=rank)

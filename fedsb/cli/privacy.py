@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from fedsb.adapters.attach import attach, layout_of
+from fedsb.adapters.share import share_of
 from fedsb.cli.run import table_of
 from fedsb.config import RunConfig
 from fedsb.data.sites import client_data
@@ -41,6 +42,8 @@ def plan(
     if chosen.privacy.unit == "none":
         raise ConfigError(NOTHING.format(config))
     layout = layout_of(attach(outline_model(locate(chosen.model.source), chosen.model, _labels(chosen)), chosen))
+    if chosen.privacy.unit == "client":  # noise falls on what travels
+        layout = share_of(layout, chosen.adapter.method, chosen.adapter.rank).layout
     rows = [_planned(chosen, name, count, layout.size) for name, count in _counts(chosen, records or [])]
     if json_:
         print(json.dumps({"unit": chosen.privacy.unit, "numbers": layout.size, "clients": rows}))

@@ -69,6 +69,23 @@ class StoredAdapter:
     state: dict[str, Tensor]
     manifest: Manifest
 
+    def cut(self, rank: int) -> "StoredAdapter":
+        """The leading blocks of its parts at a rank. Raises StoreError if its method has no such, or a rank that is not below."""
+        method = METHODS[self.manifest.method]
+        if not method.nested:
+            raise StoreError(
+                f"{self.manifest.client}: an adapter of method {self.manifest.method} cannot be cut to a rank; leave --rank out"
+            )
+        if not 0 < rank <= self.manifest.rank:
+            raise StoreError(f"{self.manifest.client}: its rank is {self.manifest.rank}; give --rank from 1 to that, not {rank}")
+        state = {
+            name: t[tuple(map(slice, method.cut(name.rpartition(".")[2], tuple(t.shape), rank)))].contiguous()
+            for name, t in self.state.items()
+        }
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        scale = self.manifest.scale * self.manifest.rank / rank  # α is the same, and α/r another
+        return StoredAdapter(state, self.manifest.model_copy(update={"rank": rank, "scale": scale, "shapes": shapes}))
+
     @property
     def layers(self) -> dict[str, dict[str, Tensor]]:
         """Layer name → part of the method (`core`, or `A` and `B`) → tensor."""

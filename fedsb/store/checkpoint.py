@@ -1,7 +1,8 @@
-"""A round on disk: `<run>/checkpoints/round-0007/` with `state.safetensors` and `round.json`."""
+"""A round on disk: `<run>/checkpoints/round-0007/` with `state.safetensors` and `round.json`, and `memory.safetensors` where
+the strategy remembers something."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from fedsb.errors import CheckpointError, StoreError
 from fedsb.store.files import clean_leftovers, read_json, sha256_of, staged_folder, write_json
 from fedsb.store.tensors import load_tensors, save_tensors
 
-STATE, ROUND = "state.safetensors", "round.json"
+STATE, MEMORY, ROUND = "state.safetensors", "memory.safetensors", "round.json"
 FOLDER = re.compile(r"round-(\d{4,})")
 
 
@@ -27,6 +28,7 @@ class Checkpoint:
         basis_fingerprint: of the basis on which the cores were trained.
         model_sha256: of the base model under them.
         progress: running totals that JSON can hold (bytes so far, history, …).
+        memory: what the strategy remembers from round to round, by name.
     """
 
     round: int
@@ -35,6 +37,7 @@ class Checkpoint:
     basis_fingerprint: str
     model_sha256: str
     progress: dict[str, Any]
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
 
 class _Record(BaseModel):
@@ -47,6 +50,7 @@ class _Record(BaseModel):
     basis_fingerprint: str
     model_sha256: str
     state_sha256: str
+    memory_sha256: str | None = None
     progress: dict[str, Any]
 
 
@@ -59,12 +63,15 @@ def save(run: Path, checkpoint: Checkpoint) -> Path:
     clean_leftovers(folder.parent)
     with staged_folder(folder) as staged:
         save_tensors(staged / STATE, checkpoint.state)
+        if checkpoint.memory:
+            save_tensors(staged / MEMORY, checkpoint.memory)
         record = _Record(
             round=checkpoint.round,
             config_digest=checkpoint.config_digest,
             basis_fingerprint=checkpoint.basis_fingerprint,
             model_sha256=checkpoint.model_sha256,
             state_sha256=sha256_of(staged / STATE),
+            memory_sha256=sha256_of(staged / MEMORY) if checkpoint.memory else None,
             progress=checkpoint.progress,
         )
         write_json(staged / ROUND, dict(record))
@@ -109,14 +116,18 @@ def _load(folder: Path, number: int, config_digest: str) -> Checkpoint:
         )
     if record.round != number:
         raise _torn(folder / ROUND)
+    state = _tensors(folder / STATE, record.state_sha256)
+    memory = _tensors(folder / MEMORY, record.memory_sha256) if record.memory_sha256 else {}
+    return Checkpoint(number, state, record.config_digest, record.basis_fingerprint, record.model_sha256, record.progress, memory)
+
+
+def _tensors(file: Path, sha256: str) -> dict[str, Tensor]:
     try:
-        whole = sha256_of(folder / STATE) == record.state_sha256
-        state, _ = load_tensors(folder / STATE) if whole else ({}, {})
+        if sha256_of(file) == sha256:
+            return load_tensors(file)[0]
     except StoreError:
-        whole = False
-    if not whole:
-        raise _torn(folder / STATE)
-    return Checkpoint(number, state, record.config_digest, record.basis_fingerprint, record.model_sha256, record.progress)
+        pass
+    raise _torn(file)
 
 
 def _torn(file: Path) -> CheckpointError:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedsb.adapters.method import Chain
 from fedsb.adapters.methods import METHODS
 from fedsb.basis.frames import Basis, beside
 from fedsb.errors import BasisError, StoreError
@@ -54,23 +53,22 @@ def export_lora(
     fits the original model: its rank is then r and those of the folds together, and at most the smaller side of the layer. Layers
     of a smaller rank are filled up with zeros. Stored in `dtype`.
 
-    `modules`: see `target_modules`. `rank`: a smaller one, which the method must have (`Method.nested`). A method without a chain
+    `modules`: see `target_modules`. `rank`: cut to it, where the method can be (`StoredAdapter.cut`). A method without a chain
     needs `weights` (layer → W0) and is truncated to `rank` (`truncated`); manifest and card say what is lost. Raises BasisError
     (not the adapter's basis or weights), StoreError (`out` is something else, or there is no such rank) and DiskError; then
     whatever was at `out` is as before.
     """
-    _check(stored, basis)
+    stored, basis = _fitted(stored, basis, rank)
     method, scale = METHODS[stored.manifest.method], stored.manifest.scale
     loras: dict[str, tuple[Tensor, Tensor]] = {}
     lost: float | None = None
-    chain = method.chain if rank is None or method.chain is None else _cut(stored, rank)
-    if chain is None:
+    if method.chain is None:
         loras, lost = truncated(stored, weights or {}, rank, dtype)
     else:
         for layer, parts in stored.layers.items():
             wide = {part: tensor.double() for part, tensor in parts.items()}
             b, a = (side[layer].double() if layer in side else None for side in (basis.B, basis.A))
-            *before, last = chain(wide, b, a, scale)
+            *before, last = method.chain(wide, b, a, scale)
             folds = [fold[layer] for fold in basis.folds if layer in fold]
             loras[layer] = beside([(functools.reduce(torch.matmul, before), last), *folds])
     most = max(right.shape[0] for _, right in loras.values())
@@ -82,23 +80,12 @@ def export_lora(
     return _write(out, stored, lora_config(stored, modules, most), tensors | _head(stored), lost)
 
 
-def _cut(stored: StoredAdapter, rank: int) -> Chain:
-    method, most = stored.manifest.method, stored.manifest.rank
-    nested = METHODS[method].nested
-    if nested is None:
-        able = [name for name, other in METHODS.items() if other.nested]
-        raise StoreError(f"{method} has no smaller ranks, as {', '.join(able)} has; leave --rank out")
-    if not 1 <= rank <= most:
-        raise StoreError(f"--rank {rank}: the adapter of {stored.manifest.client} has the ranks 1 to {most}; name one of these")
-    return lambda parts, b, a, scale: nested(parts, b, a, scale, rank)
-
-
-def export_core(stored: StoredAdapter, basis: Basis, out: Path, modules: Collection[str] = ()) -> Path:
+def export_core(stored: StoredAdapter, basis: Basis, out: Path, modules: Collection[str] = (), rank: int | None = None) -> Path:
     """Write our own format: core (r, r) fp32, or RAVAN's heads; A (r, in) and B (out, r) in the basis' dtype.
 
     Raises as `export_lora`, and StoreError for a method without cores.
     """
-    _check(stored, basis)
+    stored, basis = _fitted(stored, basis, rank)
     native = METHODS[stored.manifest.method].native
     if native is None:
         raise StoreError(f"{stored.manifest.method} has no cores, and so no format of ours; use --format lora")
@@ -107,7 +94,8 @@ def export_core(stored: StoredAdapter, basis: Basis, out: Path, modules: Collect
         tensors |= {f"{PREFIX}{layer}.fedsb_core.{name}": tensor for name, tensor in native(parts).items()}
         tensors[f"{PREFIX}{layer}.fedsb_A"] = basis.A[layer]
         tensors[f"{PREFIX}{layer}.fedsb_B"] = basis.B[layer]
-    return _write(out, stored, core_config(stored, modules), tensors | _head(stored))
+    config = core_config(stored, modules) | {"basis_fingerprint": basis.fingerprint}  # of a cut basis it is another
+    return _write(out, stored, config, tensors | _head(stored))
 
 
 def lora_config(stored: StoredAdapter, modules: Collection[str], rank: int) -> dict[str, Any]:
@@ -197,19 +185,23 @@ def _head(stored: StoredAdapter) -> dict[str, Tensor]:
     return {f"{PREFIX}{name}": tensor for name, tensor in stored.head.items()}
 
 
-def _check(stored: StoredAdapter, basis: Basis) -> None:
+def _fitted(stored: StoredAdapter, basis: Basis, rank: int | None) -> tuple[StoredAdapter, Basis]:
+    """An adapter, cut to a rank if one is given, and as much of its run's basis as it stands on."""
     said = stored.manifest.basis_fingerprint
     if said != basis.fingerprint:
         raise BasisError(
             f"the adapter of {stored.manifest.client} was trained on basis {said[:12]}, not {basis.fingerprint[:12]}; "
             "load the basis of its own run"
         )
-    framed = bool(METHODS[stored.manifest.method].frames)
-    if framed and (stored.layers.keys() != basis.A.keys() or _widths(stored) != {basis.rank}):
+    method = METHODS[stored.manifest.method]
+    stored = stored if rank is None or method.chain is None else stored.cut(rank)
+    basis = basis.cut(stored.manifest.rank) if method.nested else basis
+    if method.frames and (stored.layers.keys() != basis.A.keys() or _widths(stored) != {basis.rank}):
         raise BasisError(
             f"the adapter of {stored.manifest.client} ({len(stored.layers)} layers, rank {_width(stored)}) lacks "
             f"the layers or the rank of its basis ({len(basis.A)} layers, rank {basis.rank}); publish the adapter anew"
         )
+    return stored, basis
 
 
 def _write(

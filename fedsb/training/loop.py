@@ -1,7 +1,7 @@
 """Local training: a client's steps of one round. Without state between rounds, so a resumed run repeats it exactly."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from fedsb.adapters.state import HEAD
 from fedsb.config import RunConfig
 from fedsb.data.batches import Batch, Encoded, Kind, collate, draw
 from fedsb.data.seeds import generator
+from fedsb.training.drift import Control, Proximal
 from fedsb.training.loss import causal_loss, classification_loss
 
 FINAL_SHARE = 0.1  # of the learning rate at the end of the linear schedule
@@ -36,6 +37,7 @@ class Plan:
         first: number of the first step, counted from 0 over the whole run.
         count: steps to take.
         total: steps of the whole run, over which the schedule decays.
+        mu: weight of the proximal term (`fedsb/training/drift.py`).
     """
 
     first: int
@@ -47,6 +49,7 @@ class Plan:
     head_learning_rate: float
     warmup: int
     decay: bool
+    mu: float = 0.0
 
     def factor(self, step: int) -> float:
         """What the learning rates are multiplied with at a step."""
@@ -81,6 +84,7 @@ def round_plan(config: RunConfig, server_round: int) -> Plan:
         head_learning_rate=train.head_learning_rate,
         warmup=train.warmup_steps,
         decay=train.schedule == "linear",
+        mu=config.strategy.mu if config.strategy.name == "fedprox" else 0.0,
     )
 
 
@@ -132,16 +136,20 @@ def train(
     seed: int,
     client: str,
     around: Around = wholly,
+    control: Control | None = None,
+    kept: Collection[str] = (),
 ) -> float:
-    """Take the plan's AdamW steps on `parameters` in place and return the mean training loss (nats).
+    """Take the plan's AdamW steps on `parameters` in place and return the mean training loss (nats), without the proximal term.
 
     Args:
         model: the transformers model (not the PEFT wrapper) that holds the parameters.
         rows: the client's training examples; which of them a step takes is drawn from (seed, client, step).
         around: what is open around a step (`Method.around`).
+        control: corrects the gradients (SCAFFOLD), and remembers what they were.
+        kept: parameters that stay with the client, which the proximal term leaves alone.
     """
     loss_of, device = loss_function(kind), next(iter(parameters.values())).device
-    optimiser = optimiser_of(parameters, plan)
+    optimiser, proximal = optimiser_of(parameters, plan), Proximal(parameters, plan.mu, kept)
     losses: list[Tensor] = []
     model.train()
     seed_dropout(seed, client, plan.first)
@@ -158,6 +166,9 @@ def train(
                 loss = loss_of(model, collate(part, pad_id, kind).to(device)) * (len(part) / len(drawn))
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
+            proximal.add(parameters)
+            if control:
+                control.add(parameters)
             optimiser.step()
         losses.append(total)
     model.eval()

@@ -16,7 +16,7 @@ import contextlib
 import math
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from fedsb.data.batches import Encoded, Kind, collate
 from fedsb.errors import PrivacyError
 from fedsb.privacy.mechanism import Mechanism
 from fedsb.privacy.noise import KeyStream, add_noise
+from fedsb.training.drift import Proximal
 from fedsb.training.loop import Plan, loss_function, optimiser_of
 
 SLACK = 1 - 2.0**-20  # what rounding in fp32 may add to a norm
@@ -47,6 +48,7 @@ def train_private(
     kind: Kind,
     pad_id: int,
     around: Around = wholly,
+    kept: Collection[str] = (),
 ) -> None:
     """Take the plan's steps on `parameters` in place. Returns nothing: a training loss would be about private records.
 
@@ -71,7 +73,7 @@ def train_private(
     forbid_mixing(model)
     check_gradients(model, parameters, kind, pad_id)
     loss_of, device = loss_function(kind), next(iter(parameters.values())).device
-    optimiser = optimiser_of(parameters, plan)
+    optimiser, proximal = optimiser_of(parameters, plan), Proximal(parameters, plan.mu, kept)
     expected = mechanism.sample_rate * len(rows)
     model.train()
     torch.manual_seed(int(stream.uniform(1)[0] * 2**53))  # dropout: masks that nobody knows, independent of who is drawn
@@ -91,6 +93,7 @@ def train_private(
                         parameter.grad_sample *= mask  # type: ignore[attr-defined]  # what does not learn is not clipped along
                     add_clipped(sums, parameters, mechanism.clip_norm, len(part), mechanism.head_clip_norm)
                 put_gradient(parameters, sums, mechanism, stream, expected)
+                proximal.add(parameters)  # knows of no record but by what was released
                 optimiser.step()
     model.eval()
 

@@ -14,6 +14,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+import fedsb.adapters.tuner  # noqa: F401  teaches PEFT our format
 from fedsb.adapters.lora_sb import LoraSbConfig
 from fedsb.adapters.state import parameters_of
 from fedsb.config import RunConfig

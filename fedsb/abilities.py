@@ -1,0 +1,48 @@
+"""What methods and strategies can and cannot, by name: for settings, which know nothing of the code behind the names."""
+
+from typing import Literal
+
+Method = Literal[
+    "lora-sb",
+    "lora-xs",
+    "nested-sb",
+    "ravan",
+    "lora",
+    "ffa-lora",
+    "fedsa-lora",
+    "fedex-lora",
+    "flora-stacking",
+    "hetlora",
+    "flexlora",
+    "lora-ga",
+    "dylora",
+    "miss",
+    "bone",
+    "bone-row",
+]
+
+HEADS = 4  # of RAVAN, as in its paper's tables
+RANKED_LORA = ("hetlora", "flexlora")  # methods whose mean needs each client's own factors
+RANKED = ("nested-sb", *RANKED_LORA)  # methods whose clients may have different ranks
+ANY = ("random", "weights", "public", "sketch")
+SOURCES: dict[str, tuple[str, ...]] = {  # method → what `basis.source` may be, the default first; of others `random` alone
+    "lora-sb": ANY,
+    "nested-sb": ANY,
+    "lora-xs": ("weights",),
+    "lora-ga": ("sketch", "public"),
+}
+FOLDING = ("fedex-lora", "flora-stacking")  # what they add to the weights takes each client's own factors
+SCALED = (  # methods that multiply an update by alpha / rank
+    "lora",
+    "ffa-lora",
+    "fedsa-lora",
+    "lora-xs",
+    "lora-ga",
+    "dylora",
+    *FOLDING,
+    *RANKED_LORA,
+)
+NO_RECORDS = ("miss", "bone", "bone-row")  # methods whose trained numbers are in no module that Opacus knows
+ROBUST = ("trimmed-mean", "median", "krum", "multi-krum")  # strategies that look at single states
+MEANS = ("fedavg", "fedprox")  # strategies whose server takes a round's mean as it is
+WHOLE = (*ROBUST, "scaffold", "fedbuff")  # strategies that count every number of a state alike

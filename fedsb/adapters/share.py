@@ -1,0 +1,70 @@
+"""A client's share: which numbers of a state travel between the server and that client.
+
+A share is a layout of its own, made of a whole one: without the parts that a method leaves with each client (`Method.kept`),
+and with every rank cut to the client's. A cut tensor is the leading block of the whole one, so a share's vector is some
+entries of the whole vector, in the same order. The server's whole state is the share of a client of full rank.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from fedsb.adapters.method import Method
+from fedsb.adapters.methods import METHODS
+from fedsb.adapters.state import HEAD, Layout
+from fedsb.errors import AdapterError
+
+
+@dataclass(frozen=True)
+class Share:
+    """Some numbers of a state.
+
+    Attributes:
+        whole: the layout of the state.
+        layout: of its names, and of each tensor's shape, as much as is in the share.
+    """
+
+    whole: Layout
+    layout: Layout
+
+    @cached_property
+    def index(self) -> Tensor | None:
+        """Where the share's numbers stand in the whole vector (size of the share,), ascending; None: it is all of them."""
+        if self.layout == self.whole:
+            return None
+        places = self.whole.unflatten(torch.arange(self.whole.size))
+        blocks = [places[name][tuple(map(slice, shape))] for name, shape in self.layout.shapes]
+        return torch.cat([block.reshape(-1) for block in blocks])
+
+    def take(self, vector: Tensor) -> Tensor:
+        """The share (size of the share,) of a whole vector; the vector itself if that is all."""
+        return vector if self.index is None else vector[self.index]
+
+    def put(self, part: Tensor, into: Tensor) -> Tensor:
+        """A whole vector: `into` (size,), with the share's numbers replaced. Raises AdapterError for another size of `part`."""
+        if part.shape != (self.layout.size,):
+            raise AdapterError(
+                f"a state of {self.layout.size} numbers was expected and {tuple(part.shape)} came; update both sides"
+            )
+        return part if self.index is None else into.index_copy(0, self.index, part.to(into.dtype))
+
+
+@lru_cache(maxsize=256)
+def share_of(whole: Layout, method: str, rank: int, *, kept: bool = False) -> Share:
+    """The share of a client of some rank in a state of a method; with `kept`, of all that it trains and publishes."""
+    says = METHODS[method]
+    left_out = () if kept else kept_names(whole, says)
+    shapes = [(name, says.cut(_part(name), shape, rank)) for name, shape in whole.shapes if name not in left_out]
+    return Share(whole, Layout(tuple(shapes)))
+
+
+def kept_names(layout: Layout, method: Method) -> tuple[str, ...]:
+    """The tensors of a state that stay with each client."""
+    return tuple(name for name, _ in layout.shapes if _part(name) in method.kept)
+
+
+def _part(name: str) -> str:
+    """`core` of `….q_proj.core`; `head` of everything in a head."""
+    return HEAD.rstrip(".") if name.startswith(HEAD) else name.rpartition(".")[2]
