@@ -1,4 +1,4 @@
-"""The steps of a federation at the server up to its last round, each called by `server/app.py`, in the order in which they stand here."""
+"""The steps of a federation at the server up to its last round, each called by `server/app.py`, in the order of this file."""
 
 import math
 import time

@@ -7,6 +7,7 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord
 
 from fedsb.adapters.attach import scale_of
+from fedsb.adapters.methods import METHODS
 from fedsb.errors import ReplyError
 from fedsb.store import adapters
 from fedsb.store.files import read_events
@@ -75,21 +76,26 @@ def personalise(run: Federation, strategy: FedSB, state: ArrayRecord) -> None:
 def evaluate(
     run: Federation, strategy: FedSB, state: ArrayRecord, which: Sequence[str] = WHICH
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Step 4: base, global and personal on every client's own test set; base | global | personal → client → score."""
-    rounds = run.config.federation.rounds
+    """Step 4: base, global and personal on every client's own test set; base | global | personal → client → score.
+
+    Where nobody has gone on alone, the personal scores are the global ones, and are not asked for.
+    """
+    rounds, keeps = run.config.federation.rounds, METHODS[run.config.adapter.method].kept
+    same = not (run.config.personal.steps or keeps) and {"global", "personal"} <= set(which)
+    asked = [each for each in which if not (same and each == "personal")]
     if strategy.private and run.config.privacy.scores == "withheld":
         return {each: {} for each in which}
-    run.journal.tell("stage", title=f"scoring {', '.join(which)}", clients=len(run.roster) * len(which))
+    run.journal.tell("stage", title=f"scoring {', '.join(asked)}", clients=len(run.roster) * len(asked))
     exchange = Exchange(run.grid, run.config.federation.round_seconds)
-    messages = strategy.configure_evaluate(rounds, state, ConfigRecord({"which": ",".join(which)}), run.grid)
+    messages = strategy.configure_evaluate(rounds, state, ConfigRecord({"which": ",".join(asked)}), run.grid)
     found: dict[str, dict[str, dict[str, Any]]] = {each: {} for each in which}
     for client, scores in strategy.scores(rounds, exchange(messages)):
-        for each in [each for each in which if each in scores]:
+        for each in [each for each in asked if each in scores]:
             found[each][client] = scores[each]
             run.journal.tell("scored", which=each, client=client, **scores[each])
     run.traffic.add(exchange.traffic)
     run.name_nodes("silent", rounds, exchange.silent)
-    return found
+    return found | {"personal": dict(found["global"])} if same else found
 
 
 def _personal_traffic(run: Federation, published: list[str]) -> list[Traffic]:

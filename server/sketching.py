@@ -56,7 +56,7 @@ class Sketching:
         self.counted: set[str] = set()
 
     def basis(self) -> tuple[Basis, Traffic]:
-        """The basis in the dtype in which it is kept, and the bytes that this took.
+        """The basis in the dtype in which it is kept, and the bytes that this took, as those of the basis.
 
         Raises FederationError if fewer than `federation.min_clients` sketches can be used, or too few for a secure sum.
         """
@@ -67,7 +67,7 @@ class Sketching:
         summed = self._secure(nodes) if self.config.privacy.secure_sum else self._plain(nodes)
         traffic = Traffic()
         for exchange in self.exchanges:
-            traffic.add(exchange.traffic)
+            traffic.basis += exchange.traffic.up + exchange.traffic.down
         return basis_of_gradients(self.config, sketched_basis(self.plan, summed)), traffic
 
     def _plain(self, nodes: list[int]) -> Tensor:

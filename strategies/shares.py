@@ -61,10 +61,10 @@ class Shares:
     def expect(self, arrays: ArrayRecord, plan: Plan, dtype: Literal["fp32", "bf16"]) -> None:
         """Remember which states can come back from this one, and in which dtype, for `accepted` and `usable`."""
         core, head = largest_update(plan)
-        shapes = self.layout.shapes
-        largest = {name: torch.full(shape, head if name.startswith(HEAD) else core) for name, shape in shapes}
-        limit = self.config.federation.max_update_norm
+        reach, limit = METHODS[self.config.adapter.method].reach, self.config.federation.max_update_norm
         self.sent, self.returns = unpack_state(arrays), self.layout
+        sent = self.layout.unflatten(self.sent)
+        largest = {name: torch.full_like(t, head) if name.startswith(HEAD) else reach(core, t) for name, t in sent.items()}
         self.reach = Reach.of(
             self.sent,
             self.layout.flatten(largest),

@@ -10,15 +10,23 @@ those who hold it, which for that number is as exact as LoRA-SB's mean. Drawing 
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
-from fedsb.adapters.lora_sb import LORA_SB, LoraSbLinear
+from fedsb.adapters.lora_sb import LORA_SB, LoraSbConfig, LoraSbLinear
 from fedsb.adapters.method import Around, Masks
 from fedsb.adapters.state import layers_of
 from fedsb.config import RunConfig
 from fedsb.data.seeds import generator
+
+
+@dataclass
+class NestedSbConfig(LoraSbConfig):
+    """`LoraSbConfig` of an adapter that was trained as nested cores; by itself it is a LoRA-SB."""
+
+    method: str = "nested-sb"
 
 
 @contextmanager
@@ -46,8 +54,12 @@ def at_rank_of(config: RunConfig, model: nn.Module, client: str) -> Around:
     return around
 
 
+def _config(rank: int, alpha: float, told: dict[str, Any]) -> NestedSbConfig:
+    return NestedSbConfig(r=rank, basis="later", **told)
+
+
 SAYS = (
     "The sites share a frozen basis (B, A); each layer computes `y = W0 x + B R A x`, and only the core R is trained, of which a "
     "site holds the leading block."
 )
-NESTED_SB = replace(LORA_SB, says=SAYS, nested=True, around=at_rank_of)
+NESTED_SB = replace(LORA_SB, config=_config, says=SAYS, nested=True, around=at_rank_of)

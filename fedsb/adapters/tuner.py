@@ -13,12 +13,22 @@ from torch import Tensor, nn
 
 from fedsb.adapters.lora_sb import BASE, LoraSbConfig, LoraSbLinear
 from fedsb.adapters.lora_xs import LoraXsConfig
+from fedsb.adapters.nested_sb import NestedSbConfig
 from fedsb.adapters.ravan import Heads, RavanConfig
 from fedsb.basis.frames import DTYPES, Basis, fingerprint_of
 from fedsb.basis.spectral import check_rank
 from fedsb.errors import AdapterError, BasisError
 
-__all__ = ["LoraSbConfig", "LoraSbModel", "LoraXsConfig", "RavanConfig", "adapted_layers", "basis_of", "set_basis"]
+__all__ = [
+    "LoraSbConfig",
+    "LoraSbModel",
+    "LoraXsConfig",
+    "NestedSbConfig",
+    "RavanConfig",
+    "adapted_layers",
+    "basis_of",
+    "set_basis",
+]
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoraSbLinear]:

@@ -16,8 +16,7 @@ from rich.table import Table
 from fedsb.report.units import human_bytes, human_seconds
 
 COPIED = (  # from a summary into its line
-    "method", "rank", "seed", "split", "trainable_parameters", "bytes", "aggregation_error", "peak_memory", "code", "versions",
-    "machine",
+    "method", "rank", "seed", "split", "trainable_parameters", "aggregation_error", "peak_memory", "code", "versions", "machine",
 )  # fmt: skip
 SCORES = ("exact_match", "loss")
 FRONT = "*"
@@ -30,7 +29,8 @@ class Row:
 
     Attributes:
         learning_rate: of AdamW, and the `factor` of the method's own that it is.
-        bytes_basis: moved in a whole run, mean over the seeds; so are `bytes_up`, `bytes_down` and their sum `bytes_total`.
+        bytes_basis: moved for the basis, mean over the seeds; `bytes_up`, `bytes_down`: in the rounds of training; `bytes_total`:
+            their sum. Publishing and scoring are not in it.
         aggregation_error: the largest of a run's rounds, mean over the seeds.
         exact_match: of the global adapter over all test examples together, mean over the seeds, `_sd` the standard deviation
             (of a sample; None with one seed). `loss`: the same in nats. `personal_…`: of each client's own adapter.
@@ -76,6 +76,10 @@ def line_of(summary: Mapping[str, Any], identity: Mapping[str, str], personal: b
         "key": key_of(identity),
         "fingerprints": dict(identity),
         **{name: summary[name] for name in COPIED},
+        "bytes": {
+            "basis": summary["bytes"]["basis"],
+            **{way: sum(entry[way] for entry in summary["history"]) for way in ("up", "down")},
+        },
         "scores": {each: pooled(summary["evaluation"][each]) for each in which},
         "history": [{name: entry[name] for name in ("round", "loss", "aggregation_error")} for entry in summary["history"]],
         "seconds": round(sum(summary["seconds"]["rounds"]), 3),

@@ -62,11 +62,12 @@ def test_forward_is_that_of_the_truncated_update(rank: int) -> None:
 
 @EVERY_RANK
 def test_the_chain_at_a_rank_is_the_truncated_update(rank: int) -> None:
-    state, nested = get_state(dylora()), METHODS["dylora"].nested
-    assert nested is not None
+    state, method = get_state(dylora()), METHODS["dylora"]
+    assert method.nested and method.chain
     for name in layers_of(dylora()):
-        parts = {part: state[f"{name}.{part}"].double() for part in "AB"}
-        chain = nested(parts, None, None, ALPHA / R, rank)
+        whole = {part: state[f"{name}.{part}"].double() for part in "AB"}
+        parts = {part: t[tuple(map(slice, method.cut(part, tuple(t.shape), rank)))] for part, t in whole.items()}
+        chain = method.chain(parts, None, None, ALPHA / rank)
         torch.testing.assert_close(chain[0] @ chain[1], truncated(state, name, rank))
         assert chain[1].shape[0] == rank
 

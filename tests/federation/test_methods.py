@@ -351,7 +351,7 @@ def test_a_state_of_another_method_is_refused(llama: str, words: str, tmp_path: 
         opened(config(llama, words, "ffa-lora"), stored.state)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"lora-sb"}))
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"lora-sb", "nested-sb"}))
 def test_what_it_has_no_use_for_is_refused_by_name(method: str, llama: str, words: str) -> None:
     source = "random" if method == "lora-xs" else "weights"
     with pytest.raises(ConfigError, match=f'adapter.method = "{method}" has no basis for basis.source = "{source}"'):

@@ -11,11 +11,12 @@ from flwr.app import Message, RecordDict
 from clients import session
 from clients.answers import answer
 from clients.session import Session, Site
+from fedsb.abilities import RANKED_LORA
 from fedsb.adapters.methods import METHODS
 from fedsb.aggregation.optimiser import OPTIMISERS
 from fedsb.config import RunConfig
 from fedsb.errors import CheckpointError, ConfigError, FederationError, FedsbError
-from fedsb.sections import RANKED_LORA, StrategySection
+from fedsb.sections import StrategySection
 from fedsb.store.files import read_events, read_json, write_json
 from fedsb.store.tensors import load_tensors
 from fedsb.training.loop import largest_update, round_plan
