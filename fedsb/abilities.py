@@ -46,3 +46,17 @@ NO_RECORDS = ("miss", "bone", "bone-row")  # methods whose trained numbers are i
 ROBUST = ("trimmed-mean", "median", "krum", "multi-krum")  # strategies that look at single states
 MEANS = ("fedavg", "fedprox")  # strategies whose server takes a round's mean as it is
 WHOLE = (*ROBUST, "scaffold", "fedbuff")  # strategies that count every number of a state alike
+OPTIMISERS = ("fedadam", "fedyogi", "fedadagrad")  # strategies whose server takes steps of its own
+OWN_SETTINGS = {  # of `[strategy]` → the strategies that have it
+    "mu": ("fedprox",),
+    "rate": OPTIMISERS,
+    "beta1": OPTIMISERS,
+    "beta2": ("fedadam", "fedyogi"),
+    "tau": OPTIMISERS,
+    "concurrency": ("fedbuff",),
+    "buffer": ("fedbuff",),
+    "max_staleness": ("fedbuff",),
+    "trim": ("trimmed-mean",),
+    "hostile": ("krum", "multi-krum"),
+    "keep": ("multi-krum",),
+}

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from fedsb.abilities import FOLDING, MEANS, NO_RECORDS, RANKED, RANKED_LORA, ROBUST, SCALED, SOURCES, WHOLE
+from fedsb.abilities import FOLDING, MEANS, NO_RECORDS, OWN_SETTINGS, RANKED, RANKED_LORA, ROBUST, SCALED, SOURCES, WHOLE
 from fedsb.sections import (
     CLIENT,
     AdapterSection,
@@ -124,6 +124,10 @@ class Settings(Section):
                     f"adapter.ranks gives {client} rank {rank} where adapter.rank = {adapter.rank} is the largest; raise "
                     "adapter.rank or lower the client's"
                 )
+        if adapter.nested and privacy.unit != "none":
+            raise ValueError(
+                "adapter.nested lets each client draw ranks for itself, which privacy.unit does not allow; drop one of the two"
+            )
         if adapter.nested and adapter.method != "nested-sb":
             raise ValueError(f'adapter.nested is of adapter.method = "nested-sb" and not of "{adapter.method}"; drop it')
         if adapter.method in RANKED_LORA and (privacy.secure_sum or privacy.unit == "client"):
@@ -252,6 +256,12 @@ class Settings(Section):
     @model_validator(mode="after")
     def _consistent_method_and_strategy(self) -> "Settings":
         adapter, strategy = self.adapter, self.strategy
+        for key, strategies in OWN_SETTINGS.items():
+            chosen = getattr(strategy, key) != StrategySection.model_fields[key].default
+            if chosen and strategy.name not in strategies:
+                raise ValueError(f'strategy.{key} is of {", ".join(strategies)}, and not of "{strategy.name}"; drop it')
+        if self.basis.r0 == "paper" and adapter.method == "lora-ga":
+            raise ValueError('basis.r0 = "paper" is a core\'s, and adapter.method = "lora-ga" has none; drop it')
         if adapter.method in (*RANKED_LORA, *FOLDING) and strategy.name not in MEANS:
             raise ValueError(
                 f'adapter.method = "{adapter.method}" makes a mean of its own, of factors that are no updates of those before, '

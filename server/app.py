@@ -65,7 +65,7 @@ def federate(config: RunConfig, grid: Grid, folder: Path, journal: Journal, home
     personalise(run, strategy, state)
     evaluation = evaluate(run, strategy, state)
     journal.tell("end", seconds=round(time.monotonic() - started, 3))
-    write_json(folder / "summary.json", summarise(run, basis, evaluation, time.monotonic() - started))
+    write_json(folder / "summary.json", summarise(run, strategy.shared.basis, evaluation, time.monotonic() - started))
 
 
 def read_run_config(context: Context) -> tuple[RunConfig, Path, bool]:

@@ -179,6 +179,7 @@ class FedBuff(FedSB):
         self.notes = {AT_WORK: [[name, version] for name, version in names if name]}
 
     def _forget_silent(self) -> None:
-        """Who did not answer in time, or is gone, is not at work."""
-        for node in self.flight.silent:
+        """Who did not answer in time, or is gone, is not at work; but who was asked anew since then is."""
+        asked = {node for node, _ in self.flight.waiting.values()}
+        for node in set(self.flight.silent) - asked:
             self.at_work.pop(node, None)

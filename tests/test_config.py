@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from fedsb.abilities import OWN_SETTINGS
 from fedsb.config import RunConfig, read_table
 from fedsb.errors import ConfigError
 from fedsb.sections import CompareSection
@@ -294,3 +295,10 @@ def test_a_later_version_with_more_settings_knows_a_run_again() -> None:
     table = CONFIG.model_dump(mode="json", exclude_none=True)
     assert Later.from_json(json.dumps(table)).digest() == CONFIG.digest()
     assert Later.from_json(json.dumps(table | {"more": 4})).digest() != CONFIG.digest()
+
+
+@pytest.mark.parametrize("key", OWN_SETTINGS)
+def test_a_setting_of_another_strategy_is_refused(key: str, tmp_path: Path) -> None:
+    value = 0.3 if key in ("mu", "rate", "beta1", "beta2", "tau", "trim") else 3
+    with pytest.raises(ConfigError, match=rf'strategy.{key} is of .*, and not of "fedavg"; drop it'):
+        RunConfig.load(_file(tmp_path, FULL), [f"strategy.{key}={value}", 'strategy.name="fedavg"'])

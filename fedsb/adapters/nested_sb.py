@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from fedsb.adapters.lora_sb import LORA_SB, LoraSbConfig, LoraSbLinear
@@ -31,15 +32,31 @@ class NestedSbConfig(LoraSbConfig):
 
 @contextmanager
 def cut_to(model: nn.Module, rank: int | None) -> Iterator[Masks]:
-    """While open, only the leading block of each core is used and has a gradient; None: all of it."""
+    """While open, only the leading block of each core is used; on leaving, only that has changed. None: all of it.
+
+    The rest has no gradient, but AdamW's momentum would move it, and under privacy the noise.
+    """
+    if rank is None:
+        yield []
+        return
     layers = [layer for layer in layers_of(model).values() if isinstance(layer, LoraSbLinear)]
+    cores = [layer.core("default").weight for layer in layers]
+    masks: Masks = []
+    for core in cores:
+        learns = torch.zeros_like(core, dtype=torch.bool)
+        learns[:rank, :rank] = True
+        masks.append((core, learns))  # type: ignore[arg-type]
+    kept = [core.detach().clone() for core in cores]
     for layer in layers:
         layer.cut = rank
     try:
-        yield []
+        yield masks
     finally:
         for layer in layers:
             layer.cut = None
+        with torch.no_grad():
+            for (core, learns), before in zip(masks, kept, strict=True):
+                core.copy_(torch.where(learns, core, before))
 
 
 def at_rank_of(config: RunConfig, model: nn.Module, client: str) -> Around:

@@ -284,3 +284,10 @@ def test_personal_adapters_and_scores_come_from_the_folded_model(llama: str, wor
     federate(run, tmp_path, grid=grid)
     kinds = [kind for kind, _ in grid.asked]
     assert kinds.count(PERSONALISE) == 3 and kinds.count(EVALUATE) == 3
+
+
+@FOLDING
+def test_the_summary_names_the_basis_that_the_adapters_stand_on(method: str, llama: str, words: str, tmp_path: Path) -> None:
+    summary = federate(config(llama, words, method), tmp_path)
+    assert summary["basis"]["fingerprint"] == last_basis(tmp_path).fingerprint
+    assert summary["basis"]["bytes"] == last_basis(tmp_path).nbytes > 0

@@ -10,7 +10,7 @@ from peft import PeftModel
 from typer.testing import CliRunner
 
 from clients.session import Session, Site
-from fedsb.adapters.nested_sb import at_rank_of
+from fedsb.adapters.nested_sb import at_rank_of, cut_to
 from fedsb.adapters.state import layers_of, set_state
 from fedsb.cli.evaluate import evaluate_run
 from fedsb.cli.main import app, register
@@ -234,7 +234,7 @@ def test_a_nested_core_loses_less_when_it_is_cut(llama: str, words: str, tmp_pat
         losses = dict.fromkeys((8, 4, 2), 0.0)
         for seed in (1, 2, 3):
             adapter = {"method": "nested-sb", "nested": nested, "rank": 8}
-            alone = {"federation": {"clients": 1, "rounds": 1}, "train": {"steps": 60, "batch_size": 8}}
+            alone = {"federation": {"clients": 1, "rounds": 1}, "train": {"steps": 120, "batch_size": 8}}
             run = config_of(table(llama, words, adapter=adapter, basis={"source": "weights"}, **alone) | {"seed": seed})
             session, site = opened(run), Site("client-0", 0, tmp_path)
             state = session.layout.unflatten(session.train(site, session.base_vector(), round_plan(run, 1)).vector)
@@ -246,15 +246,44 @@ def test_a_nested_core_loses_less_when_it_is_cut(llama: str, words: str, tmp_pat
         found[nested] = losses
     for rank in (4, 2):
         assert found[True][rank] < found[False][rank]
-        assert found[True][rank] - found[True][8] < found[False][rank] - found[False][8]
+
+
+def test_ranks_of_a_clients_own_drawing_are_refused_under_privacy(llama: str, words: str) -> None:
+    privacy = {"unit": "record", "epsilon": 8.0}
+    with pytest.raises(ConfigError, match="adapter.nested lets each client draw ranks for itself, which privacy.unit"):
+        config(llama, words, privacy=privacy, federation={"weighting": "uniform"}, adapter={"nested": True})
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_a_step_moves_its_block_alone_whatever_momentum_there_is(rank: int, llama: str, words: str) -> None:
+    session = opened(config(llama, words, adapter={"nested": True, "rank": 8}))
+    cores = [layer.core("default").weight for layer in layers_of(session.model).values()]
+    optimiser = torch.optim.AdamW(cores, lr=0.1)
+    for to in (8, rank):
+        before = [core.detach().clone() for core in cores]
+        optimiser.zero_grad()
+        with cut_to(session.model, to if to < 8 else None):
+            session.model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+            optimiser.step()
+    for core, was in zip(cores, before, strict=True):
+        moved = core != was
+        assert bool(moved[:rank, :rank].any()) and not bool(moved[rank:].any()) and not bool(moved[:, rank:].any())
+
+
+def test_what_is_kept_is_what_is_published_under_privacy_too(llama: str, words: str, tmp_path: Path) -> None:
+    """Noise beyond a client's rank would be in its own scores and not in its adapter."""
+    run = config(llama, words, privacy={"unit": "record", "epsilon": 8.0, "scores": "plain"}, federation={"weighting": "uniform"})
+    summary, again = federate(run, tmp_path), evaluate_run(tmp_path)
+    for client, score in summary["evaluation"]["personal"].items():
+        assert again["personal"][client]["loss"] == pytest.approx(score["loss"], rel=1e-5)
 
 
 def test_private_by_record(llama: str, words: str, tmp_path: Path) -> None:
     privacy = {"unit": "record", "epsilon": 8.0}
-    run = config(llama, words, privacy=privacy, federation={"weighting": "uniform", "rounds": 1}, adapter={"nested": True})
+    run = config(llama, words, privacy=privacy, federation={"weighting": "uniform", "rounds": 1})
     federate(run, tmp_path)
     assert len(events(tmp_path, "reply")) == 3
-    assert all(bool(core.isfinite().all()) and core.abs().min() > 0 for core in final_state(tmp_path).values())
+    assert all(bool(core.isfinite().all()) and core.abs().max() > 0 for core in final_state(tmp_path).values())
 
 
 def test_a_reply_of_another_rank_is_refused(llama: str, words: str, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from flwr.app import Message, RecordDict
 from clients import session
 from clients.answers import answer
 from clients.session import Session, Site
-from fedsb.abilities import RANKED_LORA
+from fedsb.abilities import FOLDING, RANKED_LORA
 from fedsb.adapters.methods import METHODS
 from fedsb.aggregation.optimiser import OPTIMISERS
 from fedsb.config import RunConfig
@@ -41,7 +41,7 @@ KINDS = ("fedprox", "scaffold", "fedbuff", "fedadam", "median")  # one of each w
 PAIRS = [
     *((name, "lora-sb") for name in STRATEGIES),
     *(("fedprox", method) for method in METHODS if method != "lora-sb"),
-    *(("fedyogi", method) for method in METHODS if method not in ("lora-sb", *RANKED_LORA)),
+    *(("fedyogi", method) for method in METHODS if method not in ("lora-sb", *RANKED_LORA, *FOLDING)),
     *((name, "fedsa-lora") for name in ("scaffold", "fedbuff", "median")),  # of whose states a part stays with the clients
 ]
 
