@@ -45,7 +45,13 @@ RATES = {
     "ffa-lora": (1e-3, 4e-3),
     "lora": (5e-4, 2e-3),
 }
-BEST: dict[tuple[str, str], float] = {}  # (task, method) → what `--tune` found with 3 clients and ε = 8
+BEST: dict[tuple[str, str], float] = {
+    ("sst2", "sb-weights"): 5e-3,
+    ("sst2", "sb-public"): 2e-2,
+    ("sst2", "sb-sketch"): 2e-2,
+    ("sst2", "ffa-lora"): 1e-3,
+    ("sst2", "lora"): 2e-3,
+}  # (task, method) → what `--tune` found with 3 clients and ε = 8
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ class RunConfig(Settings):
     def digest(self) -> str:
         """SHA-256 over all that decides the result of clients that answer as they should: so over everything but `[runtime]`,
         the longest waits, and the strikes. What is at its default is left out, so that a later version with more settings knows
-        a run again; a default that is changed must be given up for a new name."""
+        a run again. So a default must never change its meaning: a setting with another default takes another name."""
         patience = {"wait_seconds", "round_seconds", "strikes"}
         content = self.model_dump(mode="json", exclude={"runtime": True, "federation": patience}, exclude_defaults=True)
         chosen = {name: value for name, value in content.items() if value != {}}
