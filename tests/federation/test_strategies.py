@@ -11,7 +11,7 @@ from flwr.app import Message, RecordDict
 from clients import session
 from clients.answers import answer
 from clients.session import Session, Site
-from fedsb.abilities import FOLDING, RANKED_LORA
+from fedsb.abilities import FOLDING, OWN_SETTINGS, RANKED_LORA
 from fedsb.adapters.methods import METHODS
 from fedsb.aggregation.optimiser import OPTIMISERS
 from fedsb.config import RunConfig
@@ -53,7 +53,7 @@ def config(llama: str, words: str, name: str, **sections: Any) -> RunConfig:
         federation |= {"weighting": "uniform", "clients": 5, "min_clients": 5}
     if name == "scaffold":
         federation |= {"weighting": "uniform"}
-    settings = {"trim": 0.2, "keep": 2} | sections.pop("strategy", {})
+    settings = {key: value for key, value in sections.pop("strategy", {}).items() if name in OWN_SETTINGS[key]}
     federation |= sections.pop("federation", {})
     return config_of(table(llama, words, strategy={"name": name, **settings}, federation=federation, **sections))
 

@@ -95,12 +95,15 @@ def test_a_line_is_a_summary_with_what_it_is_known_by() -> None:
         **line(0.0),
         "split": "test", "code": {"sha256": "c"}, "versions": {}, "machine": {}, "seconds": {"total": 99.0, "rounds": [1.0, 2.5]},
         "evaluation": {"global": {"a": {"n": 2, "exact_match": 0.5, "loss": 1.0}}, "personal": {}},
+        "bytes": {"basis": 7, "up": 1000, "down": 2000},
+        "history": [{"round": i, "loss": 1.0, "aggregation_error": 0.0, "up": 10, "down": 30 * i} for i in (1, 2)],
     }  # fmt: skip
     identity = {"config": "1", "model": "2", "data": "3"}
     found = line_of(summary, identity, personal=False)
     assert found["key"] == key_of(identity) != key_of({**identity, "data": "4"})
     assert found["fingerprints"] == identity and found["seconds"] == 3.5
     assert found["scores"] == {"global": {"n": 2, "exact_match": 0.5, "loss": 1.0}}
+    assert found["bytes"] == {"basis": 7, "up": 20, "down": 90}, "of the rounds, without publishing and scoring"
 
 
 def test_plots_are_drawn_and_the_same_each_time(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_the_larger_mu_the_nearer_a_client_stays(mu: float) -> None:
 def test_only_rounds_have_the_term() -> None:
     config = run_config(strategy={"name": "fedprox", "mu": 0.3})
     assert round_plan(config, 1).mu == 0.3 and personal_plan(config).mu == 0.0
-    assert round_plan(run_config(strategy={"mu": 0.3}), 1).mu == 0.0
+    assert round_plan(run_config(), 1).mu == 0.0
 
 
 def test_under_privacy_the_term_is_added_after_clipping_and_noise(monkeypatch: pytest.MonkeyPatch) -> None:
