@@ -22,8 +22,8 @@ demo: setup ## four clients fine-tune SmolLM2-135M together (configs/quickstart.
 	@rm -rf runs/demo
 	$(BIN)/fedsb simulate configs/quickstart.toml --out runs/demo
 
-test: setup ## the test suite
-	$(BIN)/python -m pytest
+test: setup ## the test suite, a process for each core
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-faults: setup ## break a running federation, and see it go on
 	$(BIN)/python -m pytest -m "faults and not apart"
