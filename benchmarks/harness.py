@@ -49,11 +49,13 @@ def say(text: str) -> None:
 
 def machine() -> dict[str, Any]:
     """The machine, and how busy it was."""
-    import torch
+    import torch  # here, since what measures memory is to begin without it
+
+    from fedsb.report.provenance import cpu_name
 
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cache_bytes": last_level_cache(),
@@ -198,11 +200,3 @@ class Peak:
 
 def _short(value: float | None) -> float | None:
     return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -24,8 +24,8 @@ from fedsb.errors import ReplyError
 from fedsb.training.loop import round_plan
 from strategies import rounds
 from strategies.fedsb import FedSB
-from strategies.records import LOSS, TRAIN, bytes_of, order_message, pack_state, unpack_state
-from strategies.rounds import AWAY, LATE_SECONDS, Exchange, Traffic
+from strategies.records import LOSS, TRAIN, bytes_of, pack_state, unpack_state
+from strategies.rounds import LATE_SECONDS, Exchange, Traffic
 
 AT_WORK, STATE_OF = "at-work", "state-"
 
@@ -76,12 +76,8 @@ class Flight(Exchange):
             node, _ = self.waiting.pop(reply.metadata.reply_to_message_id, (0, 0.0))
             if not node:  # a second reply, or one that nobody waits for any more
                 continue
-            if reply.has_error() and reply.error.code in AWAY:
-                self.silent.append(node)
-                continue
-            reply.metadata.__dict__["_src_node_id"] = node  # Flower itself answers for an app that crashed
-            self.traffic.up += bytes_of(reply)
-            yield reply
+            if self.taken(reply, node):
+                yield reply
 
 
 class FedBuff(FedSB):
@@ -159,13 +155,13 @@ class FedBuff(FedSB):
         self.at_work[node] = version
         if version == self.version:
             self.done.add(node)
-        return order_message(node, TRAIN, self.order(version + 1), self.states[version])
+        return self.question(node, TRAIN, self.order(version + 1), self.states[version])
 
     def _asked_before(self) -> list[Message]:
         """What a killed server had asked, from its checkpoint; nothing in a server that goes on."""
-        named = {name: node for node, name in self.roster.items()}
         if self.version >= 0:
             return []
+        named = {name: node for node, name in self.roster.items()}
         dtype = self.config.federation.wire_dtype
         self.states = {int(name.removeprefix(STATE_OF)): pack_state(t, dtype) for name, t in self.memory.items()}
         asked = self.notes.get(AT_WORK, [])

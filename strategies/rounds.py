@@ -91,12 +91,8 @@ class Exchange:
                     node = waiting.pop(reply.metadata.reply_to_message_id, None)
                     if node is None:  # a second reply to the same message
                         continue
-                    if reply.has_error() and reply.error.code in AWAY:
-                        self.silent.append(node)
-                        continue
-                    reply.metadata.__dict__["_src_node_id"] = node  # Flower itself answers for an app that crashed
-                    self.traffic.up += bytes_of(reply)
-                    yield reply
+                    if self.taken(reply, node):
+                        yield reply
                 if time.monotonic() > deadline:
                     break
                 if waiting and not progressed:
@@ -105,6 +101,15 @@ class Exchange:
             self.late = list(waiting.values())
             raise
         self.silent += waiting.values()
+
+    def taken(self, reply: Message, node: int) -> bool:
+        """Whether a reply to a question that a node was asked is one; it is counted then, and the node silent otherwise."""
+        if reply.has_error() and reply.error.code in AWAY:
+            self.silent.append(node)
+            return False
+        reply.metadata.__dict__["_src_node_id"] = node  # Flower itself answers for an app that crashed
+        self.traffic.up += bytes_of(reply)
+        return True
 
 
 def wait_for_nodes(grid: Grid, count: int, seconds: float) -> list[int]:

@@ -46,7 +46,7 @@ class Scaffold(FedSB):
         common = pack_state(self.common, self.config.federation.wire_dtype)
         for message in messages:
             client = self.roster[message.metadata.dst_node_id]
-            order = replace(self.order(server_round), variate=self.notes.get(COUNTED, {}).get(client, ""))
+            order = replace(Order.of(message.content), variate=self.notes.get(COUNTED, {}).get(client, ""))
             message.content[CONFIG], message.content[VARIATES] = order.record(), common
             self.asked[client] = answer_key(message.content)
         return messages

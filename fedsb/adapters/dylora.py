@@ -23,7 +23,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from fedsb.adapters.lora import LORA, lora_config
-from fedsb.adapters.method import Masks, Method
+from fedsb.adapters.method import Masks, Method, learning_only
 from fedsb.config import RunConfig
 from fedsb.data.seeds import generator
 
@@ -63,16 +63,13 @@ def at_rank(model: nn.Module, rank: int, frozen: bool = False, adapter: str = "d
         handles.append(b.register_forward_pre_hook(_scaled_by(factors)))  # of B, so that Opacus sees what A and B see
         learns = place == rank - 1 if frozen else place < rank
         masks += [(a.weight, learns[:, None]), (b.weight, learns[None, :])]
-    kept = [parameter.detach().clone() for parameter, _ in masks]
     handles += [parameter.register_hook(mask.__mul__) for parameter, mask in masks if parameter.requires_grad]
     try:
-        yield masks
+        with learning_only(masks):
+            yield masks
     finally:
         for handle in handles:
             handle.remove()
-        with torch.no_grad():
-            for (parameter, mask), before in zip(masks, kept, strict=True):
-                parameter.copy_(torch.where(mask, parameter, before))
 
 
 def _scaled_by(factors: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:

@@ -1,7 +1,7 @@
 """What a method is: one entry of `METHODS`, made in the method's own file."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,19 @@ Start = Callable[[Basis, float], dict[str, dict[str, Tensor]]]
 
 Masks = list[tuple[nn.Parameter, Tensor]]  # of a step that trains only a part: parameter, where it learns
 Around = Callable[[int], AbstractContextManager[Masks]]  # number of a step → what is open while it is taken
+
+
+@contextmanager
+def learning_only(masks: Masks) -> Iterator[Masks]:
+    """On leaving, only what the masks name has changed. A gradient of zero does not see to that: AdamW's momentum, and under
+    privacy the noise, would move the rest."""
+    kept = [parameter.detach().clone() for parameter, _ in masks]
+    try:
+        yield masks
+    finally:
+        with torch.no_grad():
+            for (parameter, mask), before in zip(masks, kept, strict=True):
+                parameter.copy_(torch.where(mask, parameter, before))
 
 
 def wholly(step: int) -> AbstractContextManager[Masks]:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fedsb.adapters.lora_sb import LORA_SB, LoraSbConfig, LoraSbLinear
-from fedsb.adapters.method import Around, Masks
+from fedsb.adapters.method import Around, Masks, learning_only
 from fedsb.adapters.state import layers_of
 from fedsb.config import RunConfig
 from fedsb.data.seeds import generator
@@ -32,31 +32,24 @@ class NestedSbConfig(LoraSbConfig):
 
 @contextmanager
 def cut_to(model: nn.Module, rank: int | None) -> Iterator[Masks]:
-    """While open, only the leading block of each core is used; on leaving, only that has changed. None: all of it.
-
-    The rest has no gradient, but AdamW's momentum would move it, and under privacy the noise.
-    """
+    """While open, only the leading block of each core is used; on leaving, only that has changed. None: all of it."""
     if rank is None:
         yield []
         return
     layers = [layer for layer in layers_of(model).values() if isinstance(layer, LoraSbLinear)]
-    cores = [layer.core("default").weight for layer in layers]
     masks: Masks = []
-    for core in cores:
+    for layer in layers:
+        core: nn.Parameter = layer.core("default").weight  # type: ignore[assignment]
         learns = torch.zeros_like(core, dtype=torch.bool)
         learns[:rank, :rank] = True
-        masks.append((core, learns))  # type: ignore[arg-type]
-    kept = [core.detach().clone() for core in cores]
-    for layer in layers:
+        masks.append((core, learns))
         layer.cut = rank
     try:
-        yield masks
+        with learning_only(masks):
+            yield masks
     finally:
         for layer in layers:
             layer.cut = None
-        with torch.no_grad():
-            for (core, learns), before in zip(masks, kept, strict=True):
-                core.copy_(torch.where(learns, core, before))
 
 
 def at_rank_of(config: RunConfig, model: nn.Module, client: str) -> Around:

@@ -25,19 +25,21 @@ class Mechanism:
     noise_multiplier: float
     sample_rate: float
     clip_norm: float
-    head_clip_norm: float = 0.0  # 0: clip_norm
+    head_clip_norm: float | None = None  # None: clip_norm
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if not self.head_clip_norm:
-            object.__setattr__(self, "head_clip_norm", self.clip_norm)
-        for name, clip in (("clip_norm", self.clip_norm), ("head_clip_norm", self.head_clip_norm)):
+        for name, clip in (("clip_norm", self.clip_norm), ("head_clip_norm", self.clip(head=True))):
             if not (0 < clip < math.inf):
                 raise PrivacyError(f"privacy.{name} = {clip} bounds nothing; choose a finite number above 0")
         if not (0 < self.noise_multiplier < math.inf) or not (0 < self.sample_rate <= 1):
             raise PrivacyError(
                 f"a noise multiplier of {self.noise_multiplier} at a sample rate of {self.sample_rate} is no mechanism"
             )
+
+    def clip(self, *, head: bool) -> float:
+        """The clip of a head, or of the rest."""
+        return self.clip_norm if not head or self.head_clip_norm is None else self.head_clip_norm
 
     def release(self, steps: int) -> Release:
         """`steps` of it, as accounting counts them."""
@@ -93,7 +95,7 @@ def mechanism_of(config: RunConfig, count: int) -> Mechanism:
     if noise is None:
         assert privacy.epsilon is not None
         noise = _noise(privacy.epsilon, delta, rate, planned_steps(config), basis_releases(config, count))
-    return Mechanism(noise, rate, privacy.clip_norm, privacy.head_clip_norm or 0.0)
+    return Mechanism(noise, rate, privacy.clip_norm, privacy.head_clip_norm)
 
 
 def basis_releases(config: RunConfig, count: int) -> tuple[Release, ...]:

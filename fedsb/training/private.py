@@ -91,7 +91,7 @@ def train_private(
                     loss.backward()  # type: ignore[no-untyped-call]
                     for parameter, mask in masks:
                         parameter.grad_sample *= mask  # type: ignore[attr-defined]  # what does not learn is not clipped along
-                    add_clipped(sums, parameters, mechanism.clip_norm, len(part), mechanism.head_clip_norm)
+                    add_clipped(sums, parameters, mechanism.clip_norm, len(part), mechanism.clip(head=True))
                 put_gradient(parameters, sums, mechanism, stream, expected)
                 proximal.add(parameters)  # knows of no record but by what was released
                 optimiser.step()
@@ -133,7 +133,7 @@ def put_gradient(
     parameters: Mapping[str, nn.Parameter], sums: Mapping[str, Tensor], mechanism: Mechanism, stream: KeyStream, expected: float
 ) -> None:
     """Noise on the sums, once, and the mean over the expected number of records as every parameter's gradient."""
-    clips = [mechanism.head_clip_norm if name.startswith(HEAD) else mechanism.clip_norm for name in sums]
+    clips = [mechanism.clip(head=name.startswith(HEAD)) for name in sums]
     flat = torch.cat([s.flatten() / clip for s, clip in zip(sums.values(), clips, strict=True)])
     noisy = add_noise(flat, mechanism.noise_multiplier, stream) / expected
     parts = noisy.split([s.numel() for s in sums.values()])

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 
 from fedsb.config import RunConfig
 from fedsb.errors import ConfigError, FederationError
 from fedsb.store.files import read_json
 from strategies import rounds
 from strategies.records import TRAIN
-from tests.federation.test_strategies import killed_and_resumed
 from tests.federation.tiny import assert_same_result, config_of, equal, events, federate, final_state, table
-from tests.federation.twisted import Twisted, failure, twisted
+from tests.federation.twisted import Twisted, failure, killed_and_resumed, twisted
 
 
 def config(llama: str, words: str, **sections: Any) -> RunConfig:
@@ -152,6 +152,27 @@ def test_who_is_silent_is_not_waited_for_in_the_next_round(llama: str, words: st
     summary = federate(run, out, grid=twisted(run, out, twist))
     assert [entry["clients"] for entry in summary["history"]] == [2] * 4
     assert {event["client"] for event in events(out, "silent")} <= {"client-2"}
+
+
+@pytest.mark.parametrize("when", range(3, 9))
+def test_who_was_away_once_is_asked_again_and_only_once_at_a_time(when: int, llama: str, words: str, out: Path) -> None:
+    """A site that restarts: Flower says that it is not there, and it answers the next question."""
+    heard: list[int] = []
+
+    def twist(kind: str, client: int, reply: Message) -> list[Message]:
+        if kind == TRAIN:
+            heard.append(client)
+        if kind != TRAIN or len(heard) != when:
+            return [reply]
+        away = failure(reply)
+        away.error.__dict__["_code"] = ErrorCode.NODE_UNAVAILABLE
+        return [away]
+
+    run = config(llama, words, strategy={"concurrency": 4, "buffer": 3}, federation={"rounds": 6})
+    summary = federate(run, out, grid=twisted(run, out, twist))
+    assert [entry["clients"] for entry in summary["history"]] == [3] * 6
+    assert len(events(out, "silent")) == 1 and not events(out, "refused") and not events(out, "left-out")
+    assert {event["client"] for event in events(out, "reply")} == set(run.client_names)
 
 
 @pytest.mark.parametrize(

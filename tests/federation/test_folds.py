@@ -19,11 +19,11 @@ from fedsb.errors import BasisError, ConfigError
 from fedsb.store.basis_files import load_basis
 from fedsb.store.files import read_json
 from fedsb.training.start import build_basis
-from strategies.records import EVALUATE, FOLDS, PERSONALISE, PREPARE, TRAIN, pack_folds, unpack_folds
+from strategies.records import EVALUATE, FOLDS, PERSONALISE, PREPARE, pack_folds, unpack_folds
 from strategies.shared import Shared
 from tests.federation.test_methods import config, last_basis
-from tests.federation.tiny import assert_same_result, config_of, equal, events, federate, final_state, table
-from tests.federation.twisted import twisted
+from tests.federation.tiny import assert_same_result, config_of, equal, events, federate, final_state, local_grid, table
+from tests.federation.twisted import killed_and_resumed, twisted
 
 FOLDING = pytest.mark.parametrize("method", ["fedex-lora", "flora-stacking"])
 
@@ -98,10 +98,7 @@ def test_a_fold_goes_once_to_those_who_lack_it(method: str, llama: str, words: s
     run = config(llama, words, method, federation={"clients": 3, "rounds": 4, "fraction": 0.6})
     got: dict[int, list[int]] = {}
 
-    def watch(kind: str, client: int, reply: Message) -> list[Message]:
-        return [reply]
-
-    grid = twisted(run, tmp_path, watch)
+    grid = local_grid(run, tmp_path)
     push = grid.push_messages
 
     def seen(messages: Any) -> list[str]:
@@ -139,17 +136,11 @@ def test_more_directions_than_a_layer_has_are_sent_as_the_matrix_itself(llama: s
 @FOLDING
 def test_a_client_that_comes_late_is_sent_all_that_was_folded_in(method: str, llama: str, words: str, tmp_path: Path) -> None:
     run = config(llama, words, method, federation={"min_clients": 2})
-    away = {"round": 0}
-
-    def watch(kind: str, client: int, reply: Message) -> list[Message]:
-        return [reply]
-
-    grid = twisted(run, tmp_path, watch)
+    grid = local_grid(run, tmp_path)
     nodes = grid.get_node_ids
 
     def there() -> list[int]:
         late = len(events(tmp_path, "round")) >= 2 if (tmp_path / "events.jsonl").exists() else False
-        away["round"] += 1
         return nodes() if late else nodes()[:2]
 
     grid.get_node_ids = there  # type: ignore[method-assign]
@@ -161,19 +152,7 @@ def test_a_client_that_comes_late_is_sent_all_that_was_folded_in(method: str, ll
 def test_killed_between_rounds_and_resumed_is_the_same_run(method: str, llama: str, words: str, tmp_path: Path) -> None:
     run = config(llama, words, method)
     federate(run, tmp_path / "whole")
-
-    class Died(Exception):
-        pass
-
-    def die(kind: str, client: int, reply: Message) -> list[Message]:
-        if kind == TRAIN and len(events(tmp_path / "cut", "round")) == 1 and not (tmp_path / "died").exists():
-            (tmp_path / "died").touch()
-            raise Died
-        return [reply]
-
-    with pytest.raises(Died):
-        federate(run, tmp_path / "cut", grid=twisted(run, tmp_path / "cut", die))
-    federate(run, tmp_path / "cut", resume=True)
+    killed_and_resumed(run, tmp_path / "cut", rounds=1)
     assert_same_result(tmp_path / "whole", tmp_path / "cut")
     one, other = (
         [(e["loss"], e["aggregation_error"]) for e in read_json(tmp_path / run / "summary.json")["history"]]
@@ -256,6 +235,12 @@ def test_what_cannot_be_is_refused(method: str, section: str, values: dict[str, 
     sections = {"federation": federation} | {section: values | (federation if section == "federation" else {})}
     with pytest.raises(ConfigError, match=says):
         config(llama, words, method, **sections)
+
+
+def test_a_core_at_the_start_of_a_method_without_cores_is_refused(llama: str, words: str) -> None:
+    public = {"source": "public", "r0": "paper", "public": {"name": "words", "source": words}}
+    with pytest.raises(ConfigError, match='basis.r0 = "paper" is a core\'s, and adapter.method = "lora-ga" has none; drop it'):
+        config(llama, words, "lora-ga", basis=public)
 
 
 def test_lora_ga_needs_twice_the_rank(llama: str, words: str) -> None:

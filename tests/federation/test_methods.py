@@ -45,7 +45,7 @@ from tests.federation.tiny import (
     personal_states,
     table,
 )
-from tests.federation.twisted import twisted
+from tests.federation.twisted import killed_and_resumed, twisted
 from tests.reference import bone_update
 
 EVERY = pytest.mark.parametrize("method", METHODS)
@@ -213,21 +213,7 @@ def test_one_client_alone_is_local_training(method: str, llama: str, words: str,
 @EVERY
 def test_a_killed_run_resumes_to_the_same_bits(method: str, llama: str, words: str, tmp_path: Path) -> None:
     run = config(llama, words, method)
-    whole = federate(run, tmp_path / "whole")
-    short = config(llama, words, method, federation={"rounds": 3})
-
-    class Died(Exception):
-        pass
-
-    def die(kind: str, client: int, reply: Message) -> list[Message]:
-        if kind == TRAIN and len(events(tmp_path / "cut", "round")) == 2 and not (tmp_path / "died").exists():
-            (tmp_path / "died").touch()
-            raise Died
-        return [reply]
-
-    with pytest.raises(Died):
-        federate(short, tmp_path / "cut", grid=twisted(short, tmp_path / "cut", die))
-    resumed = federate(short, tmp_path / "cut", resume=True)
+    whole, resumed = federate(run, tmp_path / "whole"), killed_and_resumed(run, tmp_path / "cut", rounds=2, replies=0)
     assert equal(final_state(tmp_path / "whole"), final_state(tmp_path / "cut"))
     assert lasting(whole, "bytes")["evaluation"] == lasting(resumed, "bytes")["evaluation"]
 

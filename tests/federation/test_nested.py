@@ -35,7 +35,7 @@ from tests.federation.tiny import (
     personal_states,
     table,
 )
-from tests.federation.twisted import Twisted, twisted
+from tests.federation.twisted import Twisted, killed_and_resumed, twisted
 
 RANKS = {"client-0": 2, "client-1": 3}  # client-2: 4, as the run
 TOKENS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -125,18 +125,7 @@ def test_a_number_that_nobody_holds_does_not_move(llama: str, words: str, tmp_pa
 def test_killed_and_resumed_it_ends_with_the_same_bits(nested: bool, llama: str, words: str, tmp_path: Path) -> None:
     run = config(llama, words, adapter={"nested": nested})
     federate(run, tmp_path / "whole")
-
-    class Died(Exception):
-        pass
-
-    def die(kind: str, client: int, reply: Message) -> list[Message]:
-        if kind == TRAIN and client == 1 and len(events(tmp_path / "cut", "round")) == 1:
-            raise Died
-        return [reply]
-
-    with pytest.raises(Died):
-        federate(run, tmp_path / "cut", grid=twisted(run, tmp_path / "cut", die))
-    federate(run, tmp_path / "cut", resume=True)
+    killed_and_resumed(run, tmp_path / "cut", rounds=1)
     assert_same_run(tmp_path / "whole", tmp_path / "cut", same_bytes=False)
 
 

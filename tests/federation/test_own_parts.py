@@ -31,7 +31,7 @@ from tests.federation.tiny import (
     personal_states,
     table,
 )
-from tests.federation.twisted import Twisted, twisted
+from tests.federation.twisted import Twisted, killed, twisted
 
 FEDSA = {"method": "fedsa-lora"}
 
@@ -165,17 +165,7 @@ def test_who_is_not_drawn_goes_on_from_its_last_round(llama: str, words: str, tm
 def test_killed_in_the_middle_of_a_round_it_ends_with_the_same_bits(run: RunConfig, tmp_path: Path) -> None:
     """Two of the round's three clients have kept their B already when the server dies."""
     federate(run, tmp_path / "whole")
-
-    class Died(Exception):
-        pass
-
-    def die(kind: str, client: int, reply: Message) -> list[Message]:
-        if kind == TRAIN and client == 1 and len(events(tmp_path / "cut", "round")) == 2:
-            raise Died
-        return [reply]
-
-    with pytest.raises(Died):
-        federate(run, tmp_path / "cut", grid=twisted(run, tmp_path / "cut", die))
+    killed(run, tmp_path / "cut", rounds=2)
     cut = kept_files(tmp_path / "cut")
     assert ["round-0003.safetensors" in cut[client] for client in run.client_names] == [True, True, False]
     federate(run, tmp_path / "cut", resume=True)

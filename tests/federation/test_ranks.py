@@ -22,8 +22,8 @@ from fedsb.store.basis_files import load_basis
 from fedsb.store.export import export_lora
 from fedsb.training.loop import round_plan
 from strategies.records import ARRAYS, TRAIN, unpack_state
-from tests.federation.tiny import assert_same_run, config_of, equal, events, federate, final_state, table
-from tests.federation.twisted import twisted
+from tests.federation.tiny import assert_same_run, config_of, equal, federate, final_state, table
+from tests.federation.twisted import killed_and_resumed, twisted
 
 BOTH = pytest.mark.parametrize("method", ["hetlora", "flexlora"])
 RANKS = {"client-0": 1, "client-1": 3}  # client-2: 4, as the run
@@ -68,18 +68,7 @@ def test_two_rounds_are_the_loop_by_hand(method: str, llama: str, words: str, tm
 def test_killed_and_resumed_it_ends_with_the_same_bits(method: str, llama: str, words: str, tmp_path: Path) -> None:
     run = config(llama, words, method)
     federate(run, tmp_path / "whole")
-
-    class Died(Exception):
-        pass
-
-    def die(kind: str, client: int, reply: Message) -> list[Message]:
-        if kind == TRAIN and client == 1 and len(events(tmp_path / "cut", "round")) == 1:
-            raise Died
-        return [reply]
-
-    with pytest.raises(Died):
-        federate(run, tmp_path / "cut", grid=twisted(run, tmp_path / "cut", die))
-    federate(run, tmp_path / "cut", resume=True)
+    killed_and_resumed(run, tmp_path / "cut", rounds=1)
     assert_same_run(tmp_path / "whole", tmp_path / "cut", same_bytes=False)
 
 

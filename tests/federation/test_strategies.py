@@ -8,16 +8,15 @@ import pytest
 import torch
 from flwr.app import Message, RecordDict
 
-from clients import session
 from clients.answers import answer
 from clients.session import Session, Site
-from fedsb.abilities import FOLDING, OWN_SETTINGS, RANKED_LORA
+from fedsb.abilities import FOLDING, OWN_SETTINGS, RANKED_LORA, ROBUST
 from fedsb.adapters.methods import METHODS
 from fedsb.aggregation.optimiser import OPTIMISERS
 from fedsb.config import RunConfig
 from fedsb.errors import CheckpointError, ConfigError, FederationError, FedsbError
 from fedsb.sections import StrategySection
-from fedsb.store.files import read_events, read_json, write_json
+from fedsb.store.files import read_json, write_json
 from fedsb.store.tensors import load_tensors
 from fedsb.training.loop import largest_update, round_plan
 from fedsb.training.start import build_basis
@@ -34,15 +33,15 @@ from tests.federation.tiny import (
     final_state,
     table,
 )
-from tests.federation.twisted import Twist, failure, twisted
+from tests.federation.twisted import Twist, failure, killed_and_resumed, twisted
 
-ROBUST = ("trimmed-mean", "median", "krum", "multi-krum")
 KINDS = ("fedprox", "scaffold", "fedbuff", "fedadam", "median")  # one of each way to count states and to remember
 PAIRS = [
     *((name, "lora-sb") for name in STRATEGIES),
     *(("fedprox", method) for method in METHODS if method != "lora-sb"),
     *(("fedyogi", method) for method in METHODS if method not in ("lora-sb", *RANKED_LORA, *FOLDING)),
     *((name, "fedsa-lora") for name in ("scaffold", "fedbuff", "median")),  # of whose states a part stays with the clients
+    *((name, "lora-ga") for name in ("scaffold", "fedbuff")),  # whose basis adds to the weights
 ]
 
 
@@ -56,26 +55,6 @@ def config(llama: str, words: str, name: str, **sections: Any) -> RunConfig:
     settings = {key: value for key, value in sections.pop("strategy", {}).items() if name in OWN_SETTINGS[key]}
     federation |= sections.pop("federation", {})
     return config_of(table(llama, words, strategy={"name": name, **settings}, federation=federation, **sections))
-
-
-class Killed(BaseException):
-    """Stands for kill -9."""
-
-
-def killed_and_resumed(run: RunConfig, folder: Path, rounds: int, replies: int = 1) -> None:
-    """A run killed after so many finished rounds and so many replies more, and resumed by another process, so to speak."""
-
-    def die(kind: str, client: int, reply: Message) -> list[Message]:
-        told = [event["event"] for event in read_events(folder / "events.jsonl")]
-        if kind == TRAIN and told.count("round") == rounds and told[::-1].index("round") > replies:
-            raise Killed
-        return [reply]
-
-    session.open_session.cache_clear()
-    with pytest.raises(Killed):
-        federate(run, folder, grid=twisted(run, folder, die))
-    session.open_session.cache_clear()
-    federate(run, folder, resume=True)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -250,6 +229,18 @@ def test_one_client_alone_is_local_training(name: str, llama: str, words: str, t
         vector = alone.train(site, vector, round_plan(run, number)).vector
     assert equal(alone.layout.unflatten(vector), final_state(tmp_path))
     assert (round_plan(run, 1).mu == 2.0) == (name == "fedprox")
+
+
+def test_a_variate_that_the_server_names_outlives_answers_that_do_not_count(llama: str, words: str, out: Path) -> None:
+    """A slow site: its reply counts in round 1, and then not before round 6."""
+    run = config(llama, words, "scaffold", federation={"rounds": 6})
+
+    def slow(kind: str, client: int, reply: Message) -> list[Message]:
+        lost = kind == TRAIN and client == 2 and 0 < len(events(out, "round")) < 5
+        return [failure(reply, "too late")] if lost else [reply]
+
+    federate(run, out, grid=twisted(run, out, slow))
+    assert [event["round"] for event in events(out, "reply") if event["client"] == "client-2"] == [1, 6]
 
 
 def test_scaffold_moves_twice_the_bytes_and_other_bits(llama: str, words: str, tmp_path: Path) -> None:

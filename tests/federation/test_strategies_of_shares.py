@@ -16,9 +16,9 @@ from fedsb.store.tensors import load_tensors
 from fedsb.training.loop import round_plan
 from fedsb.training.start import build_basis
 from strategies.records import ARRAYS, TRAIN, VARIATES, unpack_state
-from tests.federation.test_strategies import config, killed_and_resumed
+from tests.federation.test_strategies import config
 from tests.federation.tiny import assert_same_result, assert_same_run, equal, events, federate, final_state
-from tests.federation.twisted import twisted
+from tests.federation.twisted import killed_and_resumed, twisted
 
 RANKS = {"client-0": 2, "client-1": 3}  # client-2: 4, as the run
 NESTED = {"method": "nested-sb", "ranks": RANKS}

@@ -2,12 +2,17 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import pytest
 from flwr.app import Error, Message, RecordDict
 
+from clients import session
 from fedsb.config import RunConfig
+from fedsb.store.files import read_events
 from server.local_grid import LocalGrid
-from tests.federation.tiny import local_grid
+from strategies.records import TRAIN
+from tests.federation.tiny import federate, local_grid
 
 Twist = Callable[[str, int, Message], Iterable[Message]]
 
@@ -41,3 +46,28 @@ def failure(reply: Message, reason: str = "gone") -> Message:
     question = Message(RecordDict(), reply.metadata.src_node_id, reply.metadata.message_type)
     question.metadata.__dict__["_message_id"] = reply.metadata.reply_to_message_id
     return Message(Error(2, reason), reply_to=question)
+
+
+class Killed(BaseException):
+    """Stands for kill -9."""
+
+
+def killed(run: RunConfig, folder: Path, rounds: int, replies: int = 1) -> None:
+    """A run that is killed after so many finished rounds and so many replies more."""
+
+    def die(kind: str, client: int, reply: Message) -> list[Message]:
+        told = [event["event"] for event in read_events(folder / "events.jsonl")]
+        if kind == TRAIN and told.count("round") == rounds and told[::-1].index("round") > replies:
+            raise Killed
+        return [reply]
+
+    session.open_session.cache_clear()
+    with pytest.raises(Killed):
+        federate(run, folder, grid=twisted(run, folder, die))
+
+
+def killed_and_resumed(run: RunConfig, folder: Path, rounds: int, replies: int = 1) -> dict[str, Any]:
+    """The same, resumed by another process, so to speak; returns summary.json."""
+    killed(run, folder, rounds, replies)
+    session.open_session.cache_clear()
+    return federate(run, folder, resume=True)
