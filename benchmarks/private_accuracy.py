@@ -1,6 +1,7 @@
 """What privacy costs in accuracy: LoRA-SB with three bases, FFA-LoRA and LoRA, each at its own best learning rate.
 
-    python -m benchmarks.private_accuracy --data ../shared/data --out runs/private-accuracy
+    python -m benchmarks.private_accuracy --data ../shared/data --out runs/private-accuracy \\
+        --results benchmarks/results/private-accuracy.jsonl          goes on from the runs that are kept
 
 MiniLM (22 M parameters) on SST-2 and Banking77, dealt evenly to 3 or 20 clients, privacy by record: every record of every
 client is promised (ε, 1/n) for the whole run, basis included, by the same accountant and with the same Poisson samples, clipping
