@@ -23,7 +23,7 @@ Method = Literal[
 
 HEADS = 4  # of RAVAN, as in its paper's tables
 RANKED_LORA = ("hetlora", "flexlora")  # methods whose mean needs each client's own factors
-RANKED = ("nested-sb", *RANKED_LORA)  # methods whose clients may have different ranks
+RANKED = ("nested-sb", "flora-stacking", *RANKED_LORA)  # methods whose clients may have different ranks
 ANY = ("random", "weights", "public", "sketch")
 SOURCES: dict[str, tuple[str, ...]] = {  # method → what `basis.source` may be, the default first; of others `random` alone
     "lora-sb": ANY,

@@ -135,7 +135,7 @@ class Settings(Section):
                 f'adapter.method = "{adapter.method}" needs each client\'s own factors, which privacy.secure_sum and '
                 'privacy.unit = "client" hide in a sum; set adapter.method = "nested-sb" or another, or drop them'
             )
-        if adapter.method in RANKED_LORA and adapter.ranks and privacy.unit == "record":
+        if adapter.method != "nested-sb" and adapter.ranks and privacy.unit == "record":
             raise ValueError(
                 f'with adapter.method = "{adapter.method}" privacy.unit = "record" puts noise on factors beyond a client\'s '
                 'rank; drop adapter.ranks, or set adapter.method = "nested-sb"'

@@ -4,6 +4,9 @@
 
 Wang, Shen, He, Sun, Zhang, Lyu, Ma, Li, "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank
 Adaptations", arXiv 2409.05976, section 3. Not to be taken for the batched FLoRA, which has the same name.
+
+A client of rank rᵢ trains the leading rᵢ rows of A and columns of B, and adds rᵢ columns to the stack, which is as exact. The
+scale is α/r with the largest rank for everybody, where the paper leaves each client its own.
 """
 
 import dataclasses
@@ -17,9 +20,11 @@ from fedsb.adapters.method import Parts
 
 
 def stacked(clients: Sequence[Parts], weights: Sequence[float], mean: Parts, scale: float) -> tuple[Tensor, Tensor]:
-    """U (out, k·r) and V (k·r, in), fp64, of one layer. `weights` add up to 1."""
-    u = [scale * w * parts["B"].double() for parts, w in zip(clients, weights, strict=True)]
-    return torch.cat(u, 1), torch.cat([parts["A"].double() for parts in clients])
+    """U (out, Σrᵢ) and V (Σrᵢ, in), fp64, of one layer. `weights` add up to 1. Columns that a client does not hold, or has not
+    moved, are zero in its B and are left out."""
+    u = torch.cat([scale * w * parts["B"].double() for parts, w in zip(clients, weights, strict=True)], 1)
+    v, moved = torch.cat([parts["A"].double() for parts in clients]), u.any(0)
+    return u[:, moved], v[moved]
 
 
 SAYS = (

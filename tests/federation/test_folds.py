@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Message
+from peft import PeftModel
 
 from clients.session import Session, Site
+from fedsb.adapters.attach import scale_of
 from fedsb.adapters.fedex_lora import residual
 from fedsb.adapters.flora_stacking import stacked
 from fedsb.adapters.folding import fold_into
@@ -15,9 +17,14 @@ from fedsb.adapters.lora_ga import lora_ga_basis, start
 from fedsb.adapters.state import layers_of
 from fedsb.basis.frames import Basis
 from fedsb.config import RunConfig
+from fedsb.data.sites import all_parts
 from fedsb.errors import BasisError, ConfigError
+from fedsb.models import device_of, load_model, locate
+from fedsb.store import adapters
 from fedsb.store.basis_files import load_basis
+from fedsb.store.export import export_lora
 from fedsb.store.files import read_json
+from fedsb.training.loop import round_plan
 from fedsb.training.start import build_basis
 from strategies.records import EVALUATE, FOLDS, PERSONALISE, PREPARE, pack_folds, unpack_folds
 from strategies.shared import Shared
@@ -57,6 +64,43 @@ def test_what_is_stacked_is_the_mean_of_the_updates() -> None:
     assert u.shape == (9, 9)
 
 
+def test_what_a_client_does_not_hold_is_not_stacked() -> None:
+    clients, weights = parts(2, 3), [0.2, 0.3, 0.5]
+    clients[1]["B"][:, 1:] = 0  # rank 1
+    u, v = stacked(clients, weights, mean_of(clients, weights), 2.0)
+    assert u.shape == (9, 7) and v.shape == (7, 7)
+    wanted = sum(w * 2 * c["B"].double() @ c["A"].double() for c, w in zip(clients, weights, strict=True))
+    torch.testing.assert_close(u @ v, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_stacked_ranks_are_the_sum_of_the_clients_and_the_mean_is_exact(llama: str, words: str, tmp_path: Path) -> None:
+    """Two rounds; the first one's fold is also computed by hand from what the clients train, each at its rank."""
+    ranks = {"client-0": 1, "client-1": 3}  # client-2: 4
+    run = config(llama, words, "flora-stacking", adapter={"method": "flora-stacking", "ranks": ranks}, federation={"rounds": 2})
+    summary = federate(run, tmp_path)
+    folds = last_basis(tmp_path).folds
+    assert [{u.shape[1] for u, _ in fold.values()} for fold in folds] == [{8}, {8}]
+    assert summary["aggregation_error"] < 1e-6
+    session, weights = Session(run), [len(part) for part in all_parts(run, "train")]
+    session.use(build_basis(run, session.model, session.tokenizer, session.device))
+    wanted: dict[str, Any] = {}
+    for i, client in enumerate(run.client_names):
+        site = Site(client, i, tmp_path)
+        share = session.share(site)
+        begun = share.put(share.take(session.base_vector()), torch.zeros(session.layout.size))
+        trained = session.layout.unflatten(session.train(site, begun, round_plan(run, 1)).vector)
+        for layer in folds[0]:
+            update = trained[f"{layer}.B"].double() @ trained[f"{layer}.A"].double() * scale_of(run) * weights[i] / sum(weights)
+            wanted[layer] = wanted.get(layer, 0) + update
+    for layer, (u, v) in folds[0].items():
+        torch.testing.assert_close(u.double() @ v.double(), wanted[layer], rtol=1e-4, atol=1e-8)
+    stored = adapters.load(tmp_path / "adapters", "client-1")
+    assert stored.manifest.rank == 3
+    folder = export_lora(stored, load_basis(tmp_path, stored.manifest.basis_fingerprint), tmp_path / "out")
+    loaded: Any = PeftModel.from_pretrained(load_model(locate(run.model.source), run.model, None, device_of("cpu")), folder)
+    assert loaded.peft_config["default"].r == 3 + 8 + 8
+
+
 def test_lora_ga_takes_the_first_directions_of_one_side_and_the_next_of_the_other() -> None:
     u, _, v = torch.linalg.svd(torch.randn(16, 10, generator=torch.Generator().manual_seed(0)), full_matrices=False)
     leading = Basis({"layer": u[:, :4]}, {"layer": v[:4]}, {"layer": torch.zeros(4, 4)})
@@ -67,6 +111,14 @@ def test_lora_ga_takes_the_first_directions_of_one_side_and_the_next_of_the_othe
     torch.testing.assert_close(begin["B"], c * u[:, 2:4])
     ((left, right),) = (fold["layer"] for fold in basis.folds)
     torch.testing.assert_close(left @ right + 3.0 * begin["B"] @ begin["A"], torch.zeros(16, 10))
+
+
+def test_ranks_and_noise_on_each_record_are_refused_together(llama: str, words: str) -> None:
+    adapter = {"method": "flora-stacking", "ranks": {"client-0": 1}}
+    with pytest.raises(
+        ConfigError, match='adapter.method = "flora-stacking" privacy.unit = "record" puts noise on factors beyond'
+    ):
+        config(llama, words, "flora-stacking", adapter=adapter, privacy={"unit": "record", "epsilon": 1.0})
 
 
 def test_the_base_model_comes_back_bit_for_bit(llama: str, words: str) -> None:
