@@ -9,13 +9,19 @@ rank 2r. PEFT's own `init_lora_weights="lora_ga"` scales B by the singular value
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
-from torch import Tensor
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
 
 from fedsb.adapters.lora import LORA
 from fedsb.basis.frames import Basis
+from fedsb.basis.gradient import gradient_basis
 
 GAMMA = 16.0
+T = TypeVar("T")
 
 
 def lora_ga_basis(gradients: Basis, rank: int, scale: float) -> Basis:
@@ -35,6 +41,46 @@ def lora_ga_basis(gradients: Basis, rank: int, scale: float) -> Basis:
 def start(basis: Basis, scale: float) -> dict[str, dict[str, Tensor]]:
     """Layer → A and B before the first round: what the compensation takes away."""
     return {name: {"A": v, "B": -u / scale} for name, (u, v) in basis.folds[0].items()}
+
+
+def begin_at_gradient(
+    model: nn.Module, batches: Iterable[T], loss: Callable[[T], Tensor], *, adapter: str = "default", seed: int = 0
+) -> None:
+    """LoRA-GA without a federation: set A and B of a new LoRA, and take η·B·A off the base weights, which the model keeps.
+
+        model = get_peft_model(base, LoraConfig(r=8, lora_alpha=8, use_rslora=True))      # η = α/√r, as in the paper
+        begin_at_gradient(model, batches, lambda batch: model(**batch).loss)
+        model.save_pretrained("start")
+        ...                                                                               # train as usual
+        model.save_pretrained("adapter", path_initial_model_for_weight_conversion="start")
+
+    The last line is PEFT's: a plain LoRA of rank 2r for the base model as it was. Of r and η that PEFT knows, all layers have the
+    same. `batches` are seen once; their gradients are summed, a layer at a time.
+
+    Raises ValueError, and changes nothing, for a model without such a LoRA, one that was trained or merged, layers of different
+    ranks or scales, and base weights that are not fp32, which would round the compensation. Raises BasisError if 2r directions do
+    not fit into a layer, without batches, and if a gradient is not finite.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLinear) and adapter in m.lora_A}
+    if not layers:
+        raise ValueError(f"the model has no LoRA with the name {adapter}; make it by get_peft_model(model, LoraConfig())")
+    if len(found := {(layer.r[adapter], layer.scaling[adapter]) for layer in layers.values()}) > 1:
+        raise ValueError(f"layers differ in rank or scale ({sorted(found)}); leave out rank_pattern and alpha_pattern")
+    factors: dict[str, tuple[Any, Any]] = {name: (m.lora_A[adapter], m.lora_B[adapter]) for name, m in layers.items()}
+    if any(layer.merged for layer in layers.values()) or any(bool(b.weight.any()) for _, b in factors.values()):
+        raise ValueError(f"the LoRA {adapter} is merged or was trained; LoRA-GA is a start, so give it a new one")
+    base: dict[str, Any] = {name: layer.get_base_layer() for name, layer in layers.items()}
+    if other := {str(layer.weight.dtype) for layer in base.values()} - {"torch.float32"}:
+        raise ValueError(f"base weights are {sorted(other)[0]}, which would round the compensation; load the model in float32")
+    ((rank, scale),) = found
+    basis = lora_ga_basis(gradient_basis(base, batches, loss, 2 * rank, seed=seed), rank, scale)
+    with torch.no_grad():
+        for name, parts in start(basis, scale).items():
+            for part, module in zip(("A", "B"), factors[name], strict=True):
+                module.weight.copy_(parts[part])
+            u, v = (side.to(base[name].weight) for side in basis.folds[0][name])
+            base[name].weight.addmm_(u, v)
+    model.zero_grad()  # the passes left some in A, B and a head
 
 
 SAYS = (
