@@ -79,7 +79,8 @@ class Session:
         source = locate(config.model.source)
         self.model_sha256 = source.sha256
         self.tokenizer = load_tokenizer(source)
-        self.model = attach(load_model(source, model_section(config), len(labels_of(config)) or None, self.device), config)
+        model = load_model(source, model_section(config), len(labels_of(config)) or None, self.device)
+        self.model = attach(model, config, self.tokenizer)
         self.transformer = self.model.get_base_model()
         self.parameters = parameters_of(self.model)
         self.layout = layout_of(self.model)

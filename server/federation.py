@@ -209,7 +209,8 @@ class Federation:
     def _model(self, *, with_weights: bool) -> Any:
         section, device = self.config.model, device_of(self.config.runtime.device)
         if with_weights:
-            return attach(load_model(self.source, model_section(self.config), self.labels, device), self.config)
+            model = load_model(self.source, model_section(self.config), self.labels, device)
+            return attach(model, self.config, load_tokenizer(self.source))
         return attach(outline_model(self.source, section, self.labels), self.config)
 
     def _prepare(self, basis: Basis, nodes: list[int], arrays: ArrayRecord | None, online: set[int]) -> dict[int, str]:

@@ -7,7 +7,9 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord
 
 from fedsb.adapters.attach import scale_of
+from fedsb.adapters.head import linear_head
 from fedsb.adapters.methods import METHODS
+from fedsb.adapters.state import HEAD
 from fedsb.errors import ReplyError
 from fedsb.store import adapters
 from fedsb.store.files import read_events
@@ -61,6 +63,7 @@ def personalise(run: Federation, strategy: FedSB, state: ArrayRecord) -> None:
             scale=scale_of(run.config),
             round=rounds,
             task=Identity.of(reply).task,
+            centred=linear_head([name.removeprefix(HEAD) for name, _ in run.trained.shapes if name.startswith(HEAD)]) is not None,
         )
     run.traffic.add(exchange.traffic)
     run.name_nodes("silent", rounds, exchange.silent)

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import math
 import tomllib
@@ -295,6 +296,18 @@ def test_a_later_version_with_more_settings_knows_a_run_again() -> None:
     table = CONFIG.model_dump(mode="json", exclude_none=True)
     assert Later.from_json(json.dumps(table)).digest() == CONFIG.digest()
     assert Later.from_json(json.dumps(table | {"more": 4})).digest() != CONFIG.digest()
+
+
+def test_a_classification_from_before_heads_were_centred_is_another_run() -> None:
+    """The digest is what a run is resumed by; of causal runs nothing changed."""
+
+    def written(config: RunConfig) -> str:
+        content = config.model_dump(mode="json", exclude={"runtime"}, exclude_defaults=True)
+        return hashlib.sha256(json.dumps({k: v for k, v in content.items() if v != {}}, sort_keys=True).encode()).hexdigest()
+
+    table: dict[str, Any] = {"name": "a", "data": {"tasks": [{"name": "words", "source": "jsonl:words"}]}}
+    causal, labelled = (RunConfig.model_validate(table | {"model": {"kind": kind}}) for kind in ("causal", "classification"))
+    assert causal.digest() == written(causal) and labelled.digest() != written(labelled)
 
 
 @pytest.mark.parametrize("key", OWN_SETTINGS)

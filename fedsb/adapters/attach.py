@@ -9,6 +9,7 @@ from peft import TaskType, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from fedsb.adapters.head import centre, subtract
 from fedsb.adapters.lora import start_of_a
 from fedsb.adapters.methods import METHODS
 from fedsb.adapters.state import CORE, HEAD, Layout, State, layers_of, told_of
@@ -22,9 +23,10 @@ from fedsb.sections import ModelSection
 HEAD_SPREAD = 0.02  # standard deviation of a new head's weights, as transformers initialises them
 
 
-def attach(model: Any, config: RunConfig) -> Any:
+def attach(model: Any, config: RunConfig, tokenizer: Any = None) -> Any:
     """The PEFT model before it has a basis (`give_basis`) and a state. Works on the meta device too.
 
+    `tokenizer`: needed to compute anything with a classification head, which is centred (`fedsb/adapters/head.py`).
     Raises AdapterError if no layer matches, BasisError if the rank does not fit one.
     """
     adapter, method = config.adapter, METHODS[config.adapter.method]
@@ -36,6 +38,7 @@ def attach(model: Any, config: RunConfig) -> Any:
     if method.heads:
         told["heads"] = adapter.head_count
     peft_config = method.config(adapter.rank, scale_of(config) * adapter.rank, told)
+    mean = centre(model, tokenizer) if tokenizer is not None and task == TaskType.SEQ_CLS else None
     linear = {name: (m.out_features, m.in_features) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     try:
         with (
@@ -71,7 +74,7 @@ def attach(model: Any, config: RunConfig) -> Any:
     if method.frames == ("A",) and method.frame is None:
         for layer in layers.values():
             layer.lora_A["default"].requires_grad_(False)
-    _keep_heads_in_fp32(peft_model)
+    _widen_and_centre_heads(peft_model, mean)
     peft_model.eval()
     return peft_model
 
@@ -114,7 +117,7 @@ def give_basis(model: nn.Module, basis: Basis, config: RunConfig) -> None:
             layers[name].lora_A["default"].weight.copy_(a)
 
 
-def _keep_heads_in_fp32(model: nn.Module) -> None:
+def _widen_and_centre_heads(model: nn.Module, mean: Tensor | None) -> None:
     """A trained head is an fp32 master like the cores: small steps would vanish in bf16."""
 
     def widen(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -124,6 +127,8 @@ def _keep_heads_in_fp32(model: nn.Module) -> None:
         if isinstance(module, ModulesToSaveWrapper):
             for head in module.modules_to_save.values():
                 head.float().register_forward_pre_hook(widen)
+                if mean is not None:
+                    subtract(head, mean)
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, int]]:

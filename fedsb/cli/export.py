@@ -7,9 +7,10 @@ from typing import Annotated
 import typer
 from torch import Tensor, nn
 
+from fedsb.adapters.head import centre
 from fedsb.adapters.methods import METHODS
 from fedsb.errors import StoreError
-from fedsb.models import Source, device_of, load_model, locate, outline_model
+from fedsb.models import Source, device_of, load_model, load_tokenizer, locate, outline_model
 from fedsb.store import adapters
 from fedsb.store.adapters import StoredAdapter
 from fedsb.store.basis_files import load_basis
@@ -50,30 +51,40 @@ def export(
     names = adapters.clients(store) if all_ else [str(client)]
     if not names:
         raise StoreError(f"{store} holds no adapters yet; let the run finish first")
-    labels = 1 if config.model.kind == "classification" else None
-    source, whole = locate(config.model.source), METHODS[config.adapter.method].chain is None
-    model = load_model(source, config.model, labels, device_of("cpu")) if whole else outline_model(source, config.model, labels)
+    headed, whole = config.model.kind == "classification", METHODS[config.adapter.method].chain is None
+    source, labels = locate(config.model.source), 1 if headed else None
+    needed = whole or headed
+    model = load_model(source, config.model, labels, device_of("cpu")) if needed else outline_model(source, config.model, labels)
+    mean = centre(model, load_tokenizer(source)) if headed else None
     modules = [name for name, _ in model.named_modules() if name]
     for name in names:
         stored = adapters.load(store, name)
         basis = load_basis(run, stored.manifest.basis_fingerprint)
+        if needed:
+            _check_model(stored, source)
+        if mean is not None:
+            stored = stored.plain(mean)
         if format_ is Format.core:
             folder = export_core(stored, basis, out / name, modules=modules, rank=rank)
         else:
-            weights = _weights(model, stored, source) if whole else None
+            weights = _weights(model, stored) if whole else None
             folder = export_lora(stored, basis, out / name, modules=modules, weights=weights, rank=rank)
         cut = read_json(folder / MANIFEST_FILE).get("truncated")
         lost = f", truncated to rank {cut['rank']}: {cut['relative_loss']:.2%} of the update's norm is lost" if cut else ""
         print(f"{name}: version {stored.manifest.version} of round {stored.manifest.round} → {folder}{lost}")
 
 
-def _weights(model: nn.Module, stored: StoredAdapter, source: Source) -> dict[str, Tensor]:
-    """Layer → W0. Raises StoreError if the model is not the one that the adapter was trained on."""
+def _check_model(stored: StoredAdapter, source: Source) -> None:
+    """Raise StoreError if the model is not the one that the adapter was trained on."""
     trained_on = stored.manifest.base_model.sha256
     if trained_on != source.sha256:
         raise StoreError(
             f"model.source = {source.name}: its weights (SHA-256 {source.sha256[:12]}) are not those that the adapter of "
             f"{stored.manifest.client} was trained on ({trained_on[:12]}); restore them"
         )
+
+
+def _weights(model: nn.Module, stored: StoredAdapter) -> dict[str, Tensor]:
+    """Layer → W0."""
     parameters = dict(model.named_parameters())
     return {layer: parameters[f"{layer}.weight"] for layer in stored.layers if f"{layer}.weight" in parameters}

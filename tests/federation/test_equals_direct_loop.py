@@ -39,7 +39,7 @@ def direct(config: RunConfig) -> tuple[list[State], dict[str, State]]:
     kind, source = config.model.kind, locate(config.model.source)
     labels = len(label_names(config.data.tasks[0])) if kind == "classification" else None
     tokenizer = load_tokenizer(source)
-    model = attach(load_model(source, config.model, labels, CPU), config)
+    model = attach(load_model(source, config.model, labels, CPU), config, tokenizer)
     basis = build_basis(config, model, tokenizer, CPU)
     set_basis(model, basis)
     data = [

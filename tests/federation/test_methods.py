@@ -15,6 +15,7 @@ from fedsb.abilities import FOLDING, NO_RECORDS, RANKED, SCALED
 from fedsb.adapters.attach import restarted, scale_of, start_state
 from fedsb.adapters.bone import BoneLinear
 from fedsb.adapters.flora_stacking import stacked
+from fedsb.adapters.head import centre
 from fedsb.adapters.methods import METHODS
 from fedsb.adapters.state import HEAD, get_state, layers_of, set_state
 from fedsb.aggregation.folding import fold_of
@@ -22,7 +23,7 @@ from fedsb.basis.frames import Basis
 from fedsb.cli.evaluate import evaluate_run
 from fedsb.config import RunConfig
 from fedsb.errors import AdapterError, BasisError, ConfigError, PrivacyError, StoreError
-from fedsb.models import device_of, load_model, locate
+from fedsb.models import device_of, load_model, load_tokenizer, locate
 from fedsb.privacy.accounting import epsilon
 from fedsb.store import adapters
 from fedsb.store.basis_files import first_basis, load_basis
@@ -225,8 +226,13 @@ def test_an_unmodified_peft_reads_the_export(method: str, bert: str, labels: str
     federate(run, tmp_path)
     stored = adapters.load(tmp_path / "adapters", "client-1")
     whole: dict[str, Any] = {} if METHODS[method].chain else {"weights": weights_of(run), "rank": 32}
-    folder = export_lora(stored, load_basis(tmp_path, stored.manifest.basis_fingerprint), tmp_path / "out", **whole)
     source = locate(run.model.source)
+    mean = centre(load_model(source, run.model, 3, device_of("cpu")), load_tokenizer(source))
+    assert mean is not None and mean.norm() > 0.1
+    basis = load_basis(tmp_path, stored.manifest.basis_fingerprint)
+    with pytest.raises(StoreError, match="client-1 has a head on centred features, which no other program knows"):
+        export_lora(stored, basis, tmp_path / "out", **whole)
+    folder = export_lora(stored.plain(mean), basis, tmp_path / "out", **whole)
     ours = opened(run, stored.state, last_basis(tmp_path)).model(input_ids=TOKENS).logits
     loaded = PeftModel.from_pretrained(load_model(source, run.model, 3, device_of("cpu")), folder)
     torch.testing.assert_close(loaded(input_ids=TOKENS).logits, ours, rtol=1e-4, atol=1e-5)

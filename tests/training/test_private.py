@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
+from fedsb.adapters.head import subtract
 from fedsb.adapters.state import HEAD, get_state, parameters_of
 from fedsb.adapters.tuner import LoraSbModel
 from fedsb.data.batches import Encoded, collate
@@ -81,6 +82,23 @@ def alone(kind: str, model: PeftModel, row: Encoded) -> dict[str, Tensor]:
     loss = loss_function(kind)(model.get_base_model(), collate([row], 0, kind))  # type: ignore[arg-type]
     found = torch.autograd.grad(loss, list(parameters.values()))
     return dict(zip(parameters, found, strict=True))
+
+
+def test_gradients_of_records_of_a_head_on_centred_features() -> None:
+    """They are those of the features less their mean, for every record."""
+    model, examples = classifier(), labelled(4)
+    plain = [alone("classification", model, row) for row in examples]
+    head: nn.Module = model.get_base_model().classifier.modules_to_save["default"]  # type: ignore[union-attr,index,assignment]
+    subtract(head, torch.linspace(-1, 1, 32))
+    parameters = parameters_of(model.train())
+    with gradients_of_records(model, parameters):
+        batch = collate(examples, 0, "classification")
+        (loss_function("classification")(model.get_base_model(), batch) * len(examples)).backward()
+        found = {name: p.grad_sample.clone() for name, p in parameters.items()}  # type: ignore[attr-defined]
+    for i, (row, before) in enumerate(zip(examples, plain, strict=True)):
+        for name, single in alone("classification", model, row).items():
+            torch.testing.assert_close(found[name][i], single, rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(found["head.classifier.weight"][i], before["head.classifier.weight"])
 
 
 def norm(gradient: dict[str, Tensor]) -> float:

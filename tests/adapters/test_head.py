@@ -1,0 +1,80 @@
+"""A classification head on centred features: what it computes, where its centre comes from, how it leaves."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import RobertaConfig, RobertaForSequenceClassification
+
+from fedsb.adapters.attach import attach
+from fedsb.adapters.head import centre, linear_head, plain
+from fedsb.adapters.state import get_state, set_state
+from fedsb.config import RunConfig
+from fedsb.models import device_of, load_model, load_tokenizer, locate
+from tests.adapters.samples import llama
+from tests.federation.tiny import WORDS, save_model
+
+CPU = device_of("cpu")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_model(tmp_path_factory.mktemp("bert"), "classification")
+
+
+def run_config(source: str, kind: str) -> RunConfig:
+    data = {"tasks": [{"name": "words", "source": "jsonl:words"}]}
+    return RunConfig.model_validate(
+        {"name": "tiny", "model": {"source": source, "kind": kind}, "data": data, "adapter": {"rank": 4}}
+    )
+
+
+def loaded(source: str, labels: int = 3) -> tuple[Any, Any, RunConfig]:
+    config, found = run_config(source, "classification"), locate(source)
+    return load_model(found, config.model, labels, CPU), load_tokenizer(found), config
+
+
+def test_logits_are_those_of_the_features_without_their_mean(source: str) -> None:
+    base, tokenizer, config = loaded(source)
+    mean = centre(base, tokenizer)
+    assert mean is not None
+    batch = tokenizer(["red cat", "two birds up"], padding=True, return_tensors="pt")
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        features = base.bert(**inputs).pooler_output
+    model = attach(base, config, tokenizer)
+    state = get_state(model)
+    state["head.classifier.weight"], state["head.classifier.bias"] = torch.randn(3, 32), torch.randn(3)
+    set_state(model, state)
+    weight, bias = state["head.classifier.weight"], state["head.classifier.bias"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, (features - mean) @ weight.T + bias, rtol=1e-4, atol=1e-5)
+
+
+def test_as_a_plain_head_it_computes_the_same() -> None:
+    head, mean, h = {"classifier.weight": torch.randn(3, 8), "classifier.bias": torch.randn(3)}, torch.randn(8), torch.randn(5, 8)
+    uncentred = plain(head, mean)
+    wanted = (h - mean) @ head["classifier.weight"].T + head["classifier.bias"]
+    torch.testing.assert_close(h @ uncentred["classifier.weight"].T + uncentred["classifier.bias"], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_centre_is_the_mean_over_random_tokens_and_near_that_of_texts(source: str) -> None:
+    """From model and tokenizer alone, whatever the head, its size and torch's own chance."""
+    base, tokenizer, _ = loaded(source)
+    mean = centre(base, tokenizer)
+    torch.manual_seed(7)
+    again = centre(loaded(source, labels=5)[0], tokenizer)
+    assert mean is not None and again is not None and mean.shape == (32,) and torch.equal(mean, again)
+    batch = tokenizer([" ".join(WORDS[i : i + 3]) for i in range(10)], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        features = base.bert(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).pooler_output
+    assert (features - mean).norm(dim=1).mean() < 0.9 * features.norm(dim=1).mean()
+
+
+def test_a_head_of_several_layers_or_without_a_bias_is_left_alone(source: str) -> None:
+    _, tokenizer, _ = loaded(source)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 40}
+    assert centre(RobertaForSequenceClassification(RobertaConfig(**sizes)), tokenizer) is None
+    assert centre(llama(), tokenizer) is None
+    assert linear_head(["score.weight"]) is None
+    assert linear_head(["classifier.weight", "classifier.bias"]) == "classifier"
