@@ -29,7 +29,8 @@ def test_every_method_runs_once_with_and_without_privacy(
     command: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     private_accuracy.main([*command, "--epsilons", "none,8", "--seeds", "0"])
-    names = {f"words, 3 clients, ε={e}, {method}, lr=0.01" for e in ("none", "8.0") for method in private_accuracy.METHODS}
+    rates = {method: "1e-09" if method == "head" else "0.01" for method in private_accuracy.METHODS}
+    names = {f"words, 3 clients, ε={e}, {method}, lr={rate}" for e in ("none", "8.0") for method, rate in rates.items()}
     result = last_line(capsys)
     check(result, "private_accuracy", names)
     lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]

@@ -10,17 +10,29 @@ import psutil
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import fedsb.adapters.tuner  # noqa: F401  teaches PEFT our format
 from clients.policy import template
+from clients.session import Session
+from fedsb.adapters.state import set_state
 from fedsb.cli import doctor
 from fedsb.deploy import certs
 from fedsb.deploy.site_folder import make_site
+from fedsb.store.basis_files import load_basis
 from fedsb.store.files import read_json
 from fedsb.store.tensors import load_tensors
 from tests.cli.front_door import call
-from tests.federation.tiny import assert_same_run, equal, final_state, personal_states
+from tests.federation.tiny import (
+    assert_same_run,
+    classification,
+    config_of,
+    equal,
+    final_state,
+    personal_states,
+    save_model,
+    save_task,
+)
 from tests.reference import bone_update
 
 Capture = pytest.CaptureFixture[str]
@@ -136,6 +148,26 @@ def test_export_of_all_computes_what_was_trained(run: Path, llama: str, tmp_path
         loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), str(out / client))
         assert (_logits(byhand) - base).abs().max() > 1e-3
         torch.testing.assert_close(_logits(loaded), _logits(byhand), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("format_", ["lora", "core"])
+def test_an_exported_head_needs_no_mean(tmp_path: Path, format_: str) -> None:
+    """Of a classification, whose head is trained on centred features: PEFT knows nothing of these."""
+    bert, labels = save_model(tmp_path / "bert", "classification"), save_task(tmp_path / "labels", "classification")
+    config = config_of(classification(bert, labels, train={"head_learning_rate": 0.1}))
+    (tmp_path / "run.toml").write_text(config.to_toml())
+    run, out = tmp_path / "run", tmp_path / "exported"
+    assert call("simulate", str(tmp_path / "run.toml"), "--out", str(run)) == 0
+    assert call("export", str(run), "--client", "client-1", "--format", format_, "--out", str(out)) == 0
+    session = Session(config)
+    session.use(load_basis(run, read_json(out / "client-1" / "manifest.json")["basis_fingerprint"]))
+    state = personal_states(run)["client-1"]
+    set_state(session.model, state)
+    base = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3)
+    loaded = PeftModel.from_pretrained(base, str(out / "client-1")).eval()
+    torch.testing.assert_close(_logits(loaded), _logits(session.model), atol=1e-5, rtol=1e-5)
+    bias = load_tensors(out / "client-1" / "adapter_model.safetensors")[0]["base_model.model.classifier.bias"]
+    assert (bias - state["head.classifier.bias"]).abs().max() > 1e-3
 
 
 def test_export_of_one_client_writes_only_that_one(run: Path, tmp_path: Path) -> None:
