@@ -55,7 +55,8 @@ def train_private(
     Guarantees:
         - what `parameters` hold afterwards is (ε, δ)-private with regard to adding or removing one of `rows`, for every ε, δ
           of `accounting.epsilon([Release(noise_multiplier, sample_rate, plan.count)], δ)`, given what they held before.
-        - which records take part, dropout and the noise come from `stream` alone, and not from the run's seed, which others know.
+        - which records take part and the noise come from `stream` alone, and not from the run's seed, which others know. There
+          is no dropout: masks are drawn for a batch, so that one record would shift everybody else's.
         - the number of `rows` is public: rate, noise and divisor follow from it; so is what a step trains (`around`).
         - the divisor is the expected number of records q·n and not the drawn one, which would be private.
 
@@ -75,8 +76,7 @@ def train_private(
     loss_of, device = loss_function(kind), next(iter(parameters.values())).device
     optimiser, proximal = optimiser_of(parameters, plan), Proximal(parameters, plan.mu, kept)
     expected = mechanism.sample_rate * len(rows)
-    model.train()
-    torch.manual_seed(int(stream.uniform(1)[0] * 2**53))  # dropout: masks that nobody knows, independent of who is drawn
+    _train_without_dropout(model)
     with gradients_of_records(model, parameters):
         for step in range(plan.first, plan.first + plan.count):
             drawn = [rows[i] for i in stream.poisson_sample(len(rows), mechanism.sample_rate)]
@@ -160,9 +160,7 @@ def check_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter], ki
         return
     rows = [Encoded(list(range(3, 3 + n)), [] if kind == "classification" else [3, 4], 0) for n in (2, 5, 9)]
     rows = rows if kind == "classification" else [Encoded(row.prompt, row.completion) for row in rows]
-    model.eval()
-    for module in model.modules():  # Opacus looks at modules in training; dropout elsewhere stays off
-        module.train(any(p.requires_grad for p in module.parameters(recurse=False)))
+    _train_without_dropout(model)
     together, alone = (_made_up(model, parameters, kind, pad_id, batches) for batches in ([rows], [[row] for row in rows]))
     model.eval()
     for name in parameters:
@@ -172,6 +170,12 @@ def check_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter], ki
                 "choose another model, or leave that layer out of adapter.target_modules"
             )
     _checked.add(model)
+
+
+def _train_without_dropout(model: nn.Module) -> None:
+    """Training mode where there are trained parameters, since Opacus looks at such modules; everything else as in evaluation."""
+    for module in model.modules():
+        module.training = any(p.requires_grad for p in module.parameters(recurse=False))
 
 
 def _made_up(

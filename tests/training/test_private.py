@@ -285,6 +285,16 @@ def test_two_runs_differ_and_the_seed_does_not_matter(case: tuple[str, PeftModel
     assert all(not torch.equal(states[0][name], states[1][name]) for name in before)
 
 
+def test_there_is_no_dropout() -> None:
+    """What a model says of it does not matter: a record's part depends on that record alone."""
+    draws = [[0, 1, 2, 5], [3, 4]]
+    found = [
+        run("classification", adapted(bert(**dropout), task_type="SEQ_CLS"), labelled(8), Fixed(*draws))
+        for dropout in ({"hidden_dropout_prob": p, "attention_probs_dropout_prob": p} for p in (0.0, 0.5))
+    ]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_the_model_is_left_without_hooks_and_gradients(case: tuple[str, PeftModel, list[Encoded]]) -> None:
     kind, model, examples = case
     run(kind, model, examples, Fixed([0], [1]))
