@@ -82,6 +82,21 @@ def test_a_run_gives_what_a_simulation_gives(home: Path, toml: Path, config: Run
     assert again.returncode == 2 and "`fedsb resume tiny` goes on with it" in again.stderr
 
 
+def test_nobody_waits_for_the_slowest_with_fedbuff(home: Path, toml: Path) -> None:
+    """Two sites at work at once, and a round for every update that comes: through a real SuperLink, stale ones among them."""
+    settings = ["name=buffered", "strategy.name=fedbuff", "strategy.concurrency=2", "strategy.buffer=1"]
+    settings += ["federation.min_clients=1", "federation.rounds=4"]
+    done = fedsb("run", str(toml), "--home", str(home), *(word for setting in settings for word in ("--set", setting)))
+    out = home / "runs" / "buffered"
+    assert "round 4/4" in done.stdout
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    replies = [event for event in events if event["event"] == "reply"]
+    assert [event["clients"] for event in events if event["event"] == "round"] == [1, 1, 1, 1]
+    assert {event["client"] for event in replies} == {"alpha", "beta"} and max(event["staleness"] for event in replies) > 0
+    assert not [event for event in events if event["event"] == "refused"]
+    assert {path.name for path in (out / "adapters").iterdir()} == {"alpha", "beta"}
+
+
 def test_a_run_that_fails_says_why_where_it_was_started(home: Path, toml: Path) -> None:
     done = fedsb("run", str(toml), "--home", str(home), "--set", "name=wrong", "--set", "adapter.rank=40", check=False)
     assert done.returncode == 2
