@@ -12,7 +12,7 @@ nothing else, and is what an adapter has to beat.
 Of a task's train file 320 rows are public (for the basis `public`; the peers never see them) and 800 are for choosing learning
 rates; clients hold the rest. `--tune` runs the learning rates of `RATES` on those 800, with a seed of its own; otherwise each
 method runs at its rate in `BEST`, one for all ε and numbers of clients, and is scored on the test file. The head's rate
-and clip were set by looking at a head alone on fixed features; the ranks and the other clip are not tuned. A result is one line
+was set by looking at a head alone on fixed features; the ranks and the clip of the rest are not tuned. A result is one line
 of RESULTS, written as soon as it is there; what is there is not run again. Figures: mean accuracy over the seeds, with its
 standard deviation.
 """
@@ -37,7 +37,7 @@ METHODS = ("head", "sb-weights", "sb-public", "sb-sketch", "ffa-lora", "lora")
 PUBLIC, HELD_OUT = 320, 800  # rows of a train file
 TUNING_SEED = 100
 RANK, PEER_RANK = 8, 4  # 2,304 numbers without the head, and 165,888 (LoRA) or 82,944 (FFA-LoRA)
-HEAD_RATE = 0.2
+HEAD_RATE = 8e-3
 SIZES = {3: {"batch": 192, "sketched": 256}, 20: {"batch": 32, "sketched": 64}}  # per client
 CLIP, HEAD_CLIP = (
     0.25,
@@ -175,7 +175,7 @@ def config_of(cell: Cell, options: argparse.Namespace, folder: Path) -> RunConfi
         basis |= {"public": {"name": cell.task, "source": f"jsonl:{folder / 'public'}"}, "examples": PUBLIC}
     if cell.method == "sb-sketch":
         basis |= {"examples": sizes["sketched"]}
-    private = {"unit": "record", "epsilon": cell.epsilon, "clip_norm": CLIP, "head_clip_norm": HEAD_CLIP, "scores": "plain"}
+    private = {"unit": "record", "epsilon": cell.epsilon, "clip_norm": CLIP, "scores": "plain"}
     return RunConfig.model_validate(
         {
             "name": "private-accuracy",

@@ -38,7 +38,7 @@ class RunConfig(Settings):
         content = self.model_dump(mode="json", exclude={"runtime": True, "federation": patience}, exclude_defaults=True)
         chosen = {name: value for name, value in content.items() if value != {}}
         if self.model.kind == "classification":
-            chosen["head"] = "centred"  # once it was not, and such a run's state means something else
+            chosen["head"] = "standardised"  # once it was not, and such a run's state means something else
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
     def to_toml(self) -> str:

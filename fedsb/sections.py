@@ -300,7 +300,7 @@ class PrivacySection(Section):
     head_clip_norm: PositiveFloat | None = Field(
         None,
         description="of a classification head that is trained along: what its part of a record's gradient is clipped by, as the "
-        "rest by `clip_norm`, which is the default (only `record`)",
+        "rest by `clip_norm`; by default 2·√d for d features (only `record`)",
     )
     secure_sum: bool = Field(
         False,

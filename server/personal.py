@@ -37,6 +37,7 @@ def personalise(run: Federation, strategy: FedSB, state: ArrayRecord) -> None:
         for name, node in sorted((n, i) for i, n in missing.items())
     }
     strategy.expect_personal(state, run.trained)
+    head = [name.removeprefix(HEAD) for name, _ in run.trained.shapes if name.startswith(HEAD)]
     for client, reply in strategy.accepted(rounds, exchange(messages.values())):
         try:
             seconds = {} if strategy.private else {"seconds": metric(reply, SECONDS)}
@@ -63,7 +64,7 @@ def personalise(run: Federation, strategy: FedSB, state: ArrayRecord) -> None:
             scale=scale_of(run.config),
             round=rounds,
             task=Identity.of(reply).task,
-            centred=linear_head([name.removeprefix(HEAD) for name, _ in run.trained.shapes if name.startswith(HEAD)]) is not None,
+            standardised=linear_head(head) is not None,
         )
     run.traffic.add(exchange.traffic)
     run.name_nodes("silent", rounds, exchange.silent)

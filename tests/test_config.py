@@ -298,7 +298,7 @@ def test_a_later_version_with_more_settings_knows_a_run_again() -> None:
     assert Later.from_json(json.dumps(table | {"more": 4})).digest() != CONFIG.digest()
 
 
-def test_a_classification_from_before_heads_were_centred_is_another_run() -> None:
+def test_a_classification_from_before_heads_were_standardised_is_another_run() -> None:
     """The digest is what a run is resumed by; of causal runs nothing changed."""
 
     def written(config: RunConfig) -> str:

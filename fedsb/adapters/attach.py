@@ -9,7 +9,7 @@ from peft import TaskType, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from fedsb.adapters.head import centre, subtract
+from fedsb.adapters.head import Features, features_of, standardise
 from fedsb.adapters.lora import start_of_a
 from fedsb.adapters.methods import METHODS
 from fedsb.adapters.state import CORE, HEAD, Layout, State, layers_of, told_of
@@ -26,7 +26,8 @@ HEAD_SPREAD = 0.02  # standard deviation of a new head's weights, as transformer
 def attach(model: Any, config: RunConfig, tokenizer: Any = None) -> Any:
     """The PEFT model before it has a basis (`give_basis`) and a state. Works on the meta device too.
 
-    `tokenizer`: needed to compute anything with a classification head, which is centred (`fedsb/adapters/head.py`).
+    `tokenizer`: without it nothing can be computed with a classification head, whose features are standardised
+    (`fedsb/adapters/head.py`).
     Raises AdapterError if no layer matches, BasisError if the rank does not fit one.
     """
     adapter, method = config.adapter, METHODS[config.adapter.method]
@@ -38,7 +39,7 @@ def attach(model: Any, config: RunConfig, tokenizer: Any = None) -> Any:
     if method.heads:
         told["heads"] = adapter.head_count
     peft_config = method.config(adapter.rank, scale_of(config) * adapter.rank, told)
-    mean = centre(model, tokenizer) if tokenizer is not None and task == TaskType.SEQ_CLS else None
+    features = features_of(model, tokenizer) if tokenizer is not None and task == TaskType.SEQ_CLS else None
     linear = {name: (m.out_features, m.in_features) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     try:
         with (
@@ -74,7 +75,7 @@ def attach(model: Any, config: RunConfig, tokenizer: Any = None) -> Any:
     if method.frames == ("A",) and method.frame is None:
         for layer in layers.values():
             layer.lora_A["default"].requires_grad_(False)
-    _widen_and_centre_heads(peft_model, mean)
+    _prepare_heads(peft_model, features)
     peft_model.eval()
     return peft_model
 
@@ -117,8 +118,8 @@ def give_basis(model: nn.Module, basis: Basis, config: RunConfig) -> None:
             layers[name].lora_A["default"].weight.copy_(a)
 
 
-def _widen_and_centre_heads(model: nn.Module, mean: Tensor | None) -> None:
-    """A trained head is an fp32 master like the cores: small steps would vanish in bf16."""
+def _prepare_heads(model: nn.Module, features: Features | None) -> None:
+    """A trained head is an fp32 master like the cores: small steps would vanish in bf16. It sees standardised features."""
 
     def widen(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
@@ -127,8 +128,8 @@ def _widen_and_centre_heads(model: nn.Module, mean: Tensor | None) -> None:
         if isinstance(module, ModulesToSaveWrapper):
             for head in module.modules_to_save.values():
                 head.float().register_forward_pre_hook(widen)
-                if mean is not None:
-                    subtract(head, mean)
+                if features:
+                    standardise(head, features)
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from torch import Tensor, nn
 
-from fedsb.adapters.head import centre
+from fedsb.adapters.head import features_of
 from fedsb.adapters.methods import METHODS
 from fedsb.errors import StoreError
 from fedsb.models import Source, device_of, load_model, load_tokenizer, locate, outline_model
@@ -55,15 +55,15 @@ def export(
     source, labels = locate(config.model.source), 1 if headed else None
     needed = whole or headed
     model = load_model(source, config.model, labels, device_of("cpu")) if needed else outline_model(source, config.model, labels)
-    mean = centre(model, load_tokenizer(source)) if headed else None
+    features = features_of(model, load_tokenizer(source)) if headed else None
     modules = [name for name, _ in model.named_modules() if name]
     for name in names:
         stored = adapters.load(store, name)
         basis = load_basis(run, stored.manifest.basis_fingerprint)
         if needed:
             _check_model(stored, source)
-        if mean is not None:
-            stored = stored.plain(mean)
+        if features:
+            stored = stored.plain(features)
         if format_ is Format.core:
             folder = export_core(stored, basis, out / name, modules=modules, rank=rank)
         else:

@@ -25,7 +25,7 @@ class Mechanism:
     noise_multiplier: float
     sample_rate: float
     clip_norm: float
-    head_clip_norm: float | None = None  # None: clip_norm
+    head_clip_norm: float | None = None  # None: clip_norm, but in private training 2·√(features)
 
     def __post_init__(self) -> None:
         """Check the numbers."""

@@ -20,7 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from fedsb.adapters.head import plain
+from fedsb.adapters.head import Features, plain
 from fedsb.adapters.method import Method
 from fedsb.adapters.methods import METHODS
 from fedsb.errors import AdapterError, StoreError
@@ -61,7 +61,7 @@ class Manifest(BaseModel):
     task: str
     created: str
     epsilon: float | None = None
-    centred: bool = False  # whether the head is one on centred features (`fedsb/adapters/head.py`)
+    standardised: bool = False  # whether the head is on standardised features (`fedsb/adapters/head.py`)
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,12 @@ class StoredAdapter:
         scale = self.manifest.scale * self.manifest.rank / rank  # α is the same, and α/r another
         return StoredAdapter(state, self.manifest.model_copy(update={"rank": rank, "scale": scale, "shapes": shapes}))
 
-    def plain(self, mean: Tensor) -> "StoredAdapter":
-        """With a head that the base model's own classifier can be, where it is a centred one. `mean`: μ (d,)."""
-        if not self.manifest.centred:
+    def plain(self, features: Features) -> "StoredAdapter":
+        """With a head that the base model's own classifier can be. `features`: of that model."""
+        if not self.manifest.standardised:
             return self
-        head = {f"head.{name}": tensor for name, tensor in plain(self.head, mean).items()}
-        return StoredAdapter(self.state | head, self.manifest.model_copy(update={"centred": False}))
+        head = {f"head.{name}": tensor for name, tensor in plain(self.head, features).items()}
+        return StoredAdapter(self.state | head, self.manifest.model_copy(update={"standardised": False}))
 
     @property
     def layers(self) -> dict[str, dict[str, Tensor]]:
@@ -124,7 +124,7 @@ def publish(
     task: str,
     scale: float = 1.0,
     epsilon: float | None = None,
-    centred: bool = False,
+    standardised: bool = False,
 ) -> int:
     """Publish a client's state as its next version, make it the current one, and return its number, from 1.
 
@@ -152,7 +152,7 @@ def publish(
                 task=task,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 epsilon=epsilon,
-                centred=centred,
+                standardised=standardised,
             )
             write_file(staged / MANIFEST_FILE, (manifest.model_dump_json(indent=2) + "\n").encode())
         write_json(folder / CURRENT_FILE, {"version": version})

@@ -55,8 +55,8 @@ def export_lora(
 
     `modules`: see `target_modules`. `rank`: cut to it, where the method can be (`StoredAdapter.cut`). A method without a chain
     needs `weights` (layer → W0) and is truncated to `rank` (`truncated`); manifest and card say what is lost. Raises BasisError
-    (not the adapter's basis or weights), StoreError (`out` is something else, there is no such rank, or the head is centred) and
-    DiskError; then whatever was at `out` is as before.
+    (not the adapter's basis or weights), StoreError (`out` is something else, there is no such rank, or the head is not plain)
+    and DiskError; then whatever was at `out` is as before.
     """
     stored, basis = _fitted(stored, basis, rank)
     method, scale = METHODS[stored.manifest.method], stored.manifest.scale
@@ -193,10 +193,10 @@ def _fitted(stored: StoredAdapter, basis: Basis, rank: int | None) -> tuple[Stor
             f"the adapter of {stored.manifest.client} was trained on basis {said[:12]}, not {basis.fingerprint[:12]}; "
             "load the basis of its own run"
         )
-    if stored.manifest.centred:
+    if stored.manifest.standardised:
         raise StoreError(
-            f"the adapter of {stored.manifest.client} has a head on centred features, which no other program knows; "
-            "export StoredAdapter.plain(mean), with the mean of its base model"
+            f"the adapter of {stored.manifest.client} has a head on standardised features, which no other program "
+            "knows; export StoredAdapter.plain(features), with those of its base model"
         )
     method = METHODS[stored.manifest.method]
     stored = stored if rank is None or method.chain is None else stored.cut(rank)

@@ -13,6 +13,7 @@ and a trained head; clipping and noise are fp32 and float64 whatever the model c
 """
 
 import contextlib
+import dataclasses
 import math
 import warnings
 import weakref
@@ -72,6 +73,7 @@ def train_private(
     | rows fewer than plan.batch_size | the caller's rate is 1: everybody takes part in every step |
     """
     forbid_mixing(model)
+    mechanism = with_head_clip(mechanism, parameters)
     check_gradients(model, parameters, kind, pad_id)
     loss_of, device = loss_function(kind), next(iter(parameters.values())).device
     optimiser, proximal = optimiser_of(parameters, plan), Proximal(parameters, plan.mu, kept)
@@ -96,6 +98,18 @@ def train_private(
                 proximal.add(parameters)  # knows of no record but by what was released
                 optimiser.step()
     model.eval()
+
+
+def with_head_clip(mechanism: Mechanism, parameters: Mapping[str, nn.Parameter]) -> Mechanism:
+    """A head's clip, where none is set: 2·√d for d features.
+
+    Standardised features are about √d long, and so at the start is a record's gradient in the head. Clipped to much less, the head
+    learns the larger class and nothing else (docs/log.md). Of the 2, √2 is for the groups of `add_clipped`.
+    """
+    widths = [p.shape[1] for name, p in parameters.items() if name.startswith(HEAD) and p.ndim == 2]
+    if mechanism.head_clip_norm is not None or not widths:
+        return mechanism
+    return dataclasses.replace(mechanism, head_clip_norm=2 * math.sqrt(max(widths)))
 
 
 def add_clipped(

@@ -1,4 +1,4 @@
-"""A classification head on centred features: what it computes, where its centre comes from, how it leaves."""
+"""A classification head on standardised features: what it computes, where mean and spread come from, how it leaves."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from fedsb.adapters.attach import attach
-from fedsb.adapters.head import centre, linear_head, plain
+from fedsb.adapters.head import Features, features_of, linear_head, plain
 from fedsb.adapters.state import get_state, set_state
 from fedsb.config import RunConfig
 from fedsb.models import device_of, load_model, load_tokenizer, locate
@@ -34,10 +34,10 @@ def loaded(source: str, labels: int = 3) -> tuple[Any, Any, RunConfig]:
     return load_model(found, config.model, labels, CPU), load_tokenizer(found), config
 
 
-def test_logits_are_those_of_the_features_without_their_mean(source: str) -> None:
+def test_logits_are_those_of_standardised_features(source: str) -> None:
     base, tokenizer, config = loaded(source)
-    mean = centre(base, tokenizer)
-    assert mean is not None
+    known = features_of(base, tokenizer)
+    assert known is not None
     batch = tokenizer(["red cat", "two birds up"], padding=True, return_tensors="pt")
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     with torch.no_grad():
@@ -48,33 +48,37 @@ def test_logits_are_those_of_the_features_without_their_mean(source: str) -> Non
     set_state(model, state)
     weight, bias = state["head.classifier.weight"], state["head.classifier.bias"]
     with torch.no_grad():
-        torch.testing.assert_close(model(**inputs).logits, (features - mean) @ weight.T + bias, rtol=1e-4, atol=1e-5)
+        wanted = (features - known.mean) / known.spread @ weight.T + bias
+        torch.testing.assert_close(model(**inputs).logits, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_as_a_plain_head_it_computes_the_same() -> None:
-    head, mean, h = {"classifier.weight": torch.randn(3, 8), "classifier.bias": torch.randn(3)}, torch.randn(8), torch.randn(5, 8)
-    uncentred = plain(head, mean)
-    wanted = (h - mean) @ head["classifier.weight"].T + head["classifier.bias"]
-    torch.testing.assert_close(h @ uncentred["classifier.weight"].T + uncentred["classifier.bias"], wanted, rtol=1e-5, atol=1e-5)
+    head, h = {"classifier.weight": torch.randn(3, 8), "classifier.bias": torch.randn(3)}, torch.randn(5, 8)
+    features = Features(torch.randn(8), 0.05)
+    found = plain(head, features)
+    wanted = (h - features.mean) / features.spread @ head["classifier.weight"].T + head["classifier.bias"]
+    torch.testing.assert_close(h @ found["classifier.weight"].T + found["classifier.bias"], wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_the_centre_is_the_mean_over_random_tokens_and_near_that_of_texts(source: str) -> None:
+def test_mean_and_spread_are_those_of_random_tokens_and_near_those_of_texts(source: str) -> None:
     """From model and tokenizer alone, whatever the head, its size and torch's own chance."""
     base, tokenizer, _ = loaded(source)
-    mean = centre(base, tokenizer)
+    known = features_of(base, tokenizer)
     torch.manual_seed(7)
-    again = centre(loaded(source, labels=5)[0], tokenizer)
-    assert mean is not None and again is not None and mean.shape == (32,) and torch.equal(mean, again)
+    again = features_of(loaded(source, labels=5)[0], tokenizer)
+    assert known is not None and again is not None and known.mean.shape == (32,)
+    assert torch.equal(known.mean, again.mean) and known.spread == again.spread
     batch = tokenizer([" ".join(WORDS[i : i + 3]) for i in range(10)], padding=True, return_tensors="pt")
     with torch.no_grad():
-        features = base.bert(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).pooler_output
-    assert (features - mean).norm(dim=1).mean() < 0.9 * features.norm(dim=1).mean()
+        h = base.bert(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).pooler_output
+    assert 0.5 < float(((h - known.mean) / known.spread).square().mean().sqrt()) < 2
+    assert (h - known.mean).norm() < 0.9 * h.norm()
 
 
 def test_a_head_of_several_layers_or_without_a_bias_is_left_alone(source: str) -> None:
     _, tokenizer, _ = loaded(source)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 40}
-    assert centre(RobertaForSequenceClassification(RobertaConfig(**sizes)), tokenizer) is None
-    assert centre(llama(), tokenizer) is None
+    assert features_of(RobertaForSequenceClassification(RobertaConfig(**sizes)), tokenizer) is None
+    assert features_of(llama(), tokenizer) is None
     assert linear_head(["score.weight"]) is None
     assert linear_head(["classifier.weight", "classifier.bias"]) == "classifier"

@@ -151,8 +151,8 @@ def test_export_of_all_computes_what_was_trained(run: Path, llama: str, tmp_path
 
 
 @pytest.mark.parametrize("format_", ["lora", "core"])
-def test_an_exported_head_needs_no_mean(tmp_path: Path, format_: str) -> None:
-    """Of a classification, whose head is trained on centred features: PEFT knows nothing of these."""
+def test_an_exported_head_is_a_plain_one(tmp_path: Path, format_: str) -> None:
+    """Of a classification, whose head is trained on standardised features: PEFT knows nothing of these."""
     bert, labels = save_model(tmp_path / "bert", "classification"), save_task(tmp_path / "labels", "classification")
     config = config_of(classification(bert, labels, train={"head_learning_rate": 0.1}))
     (tmp_path / "run.toml").write_text(config.to_toml())

@@ -15,7 +15,7 @@ from fedsb.abilities import FOLDING, NO_RECORDS, RANKED, SCALED
 from fedsb.adapters.attach import restarted, scale_of, start_state
 from fedsb.adapters.bone import BoneLinear
 from fedsb.adapters.flora_stacking import stacked
-from fedsb.adapters.head import centre
+from fedsb.adapters.head import features_of
 from fedsb.adapters.methods import METHODS
 from fedsb.adapters.state import HEAD, get_state, layers_of, set_state
 from fedsb.aggregation.folding import fold_of
@@ -227,12 +227,12 @@ def test_an_unmodified_peft_reads_the_export(method: str, bert: str, labels: str
     stored = adapters.load(tmp_path / "adapters", "client-1")
     whole: dict[str, Any] = {} if METHODS[method].chain else {"weights": weights_of(run), "rank": 32}
     source = locate(run.model.source)
-    mean = centre(load_model(source, run.model, 3, device_of("cpu")), load_tokenizer(source))
-    assert mean is not None and mean.norm() > 0.1
+    features = features_of(load_model(source, run.model, 3, device_of("cpu")), load_tokenizer(source))
+    assert features is not None and features.mean.norm() > 0.1
     basis = load_basis(tmp_path, stored.manifest.basis_fingerprint)
-    with pytest.raises(StoreError, match="client-1 has a head on centred features, which no other program knows"):
+    with pytest.raises(StoreError, match="client-1 has a head on standardised features, which no other program knows"):
         export_lora(stored, basis, tmp_path / "out", **whole)
-    folder = export_lora(stored.plain(mean), basis, tmp_path / "out", **whole)
+    folder = export_lora(stored.plain(features), basis, tmp_path / "out", **whole)
     ours = opened(run, stored.state, last_basis(tmp_path)).model(input_ids=TOKENS).logits
     loaded = PeftModel.from_pretrained(load_model(source, run.model, 3, device_of("cpu")), folder)
     torch.testing.assert_close(loaded(input_ids=TOKENS).logits, ours, rtol=1e-4, atol=1e-5)

@@ -42,7 +42,7 @@ def test_publish_and_load(tmp_path: Path) -> None:
         "round": 5,
         "task": "chain_sum",
         "epsilon": 3.5,
-        "centred": False,
+        "standardised": False,
         "scale": 1.0,
     }
 

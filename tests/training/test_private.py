@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
-from fedsb.adapters.head import subtract
+from fedsb.adapters.head import Features, standardise
 from fedsb.adapters.state import HEAD, get_state, parameters_of
 from fedsb.adapters.tuner import LoraSbModel
 from fedsb.data.batches import Encoded, collate
@@ -20,7 +20,7 @@ from fedsb.errors import PrivacyError
 from fedsb.privacy.mechanism import Mechanism
 from fedsb.privacy.noise import KeyStream
 from fedsb.training.loop import Plan, loss_function
-from fedsb.training.private import add_clipped, forbid_mixing, gradients_of_records, put_gradient, train_private
+from fedsb.training.private import add_clipped, forbid_mixing, gradients_of_records, put_gradient, train_private, with_head_clip
 from tests.adapters.samples import adapted, bert, llama
 from tests.training.samples import labelled, rows
 
@@ -84,12 +84,12 @@ def alone(kind: str, model: PeftModel, row: Encoded) -> dict[str, Tensor]:
     return dict(zip(parameters, found, strict=True))
 
 
-def test_gradients_of_records_of_a_head_on_centred_features() -> None:
-    """They are those of the features less their mean, for every record."""
+def test_gradients_of_records_of_a_head_on_standardised_features() -> None:
+    """Of every record, as the head sees it."""
     model, examples = classifier(), labelled(4)
     plain = [alone("classification", model, row) for row in examples]
     head: nn.Module = model.get_base_model().classifier.modules_to_save["default"]  # type: ignore[union-attr,index,assignment]
-    subtract(head, torch.linspace(-1, 1, 32))
+    standardise(head, Features(torch.linspace(-1, 1, 32), 0.5))
     parameters = parameters_of(model.train())
     with gradients_of_records(model, parameters):
         batch = collate(examples, 0, "classification")
@@ -208,7 +208,7 @@ def run(
     kind: str, model: PeftModel, examples: list[Encoded], stream: KeyStream, noise: float = 1.0, clip: float = 0.5, **plan: Any
 ) -> dict[str, Tensor]:
     """The state after private training."""
-    mechanism = Mechanism(noise, PLAN.batch_size / len(examples), clip)
+    mechanism = Mechanism(noise, PLAN.batch_size / len(examples), clip, clip)
     settings = Plan(**{**vars(PLAN), **plan})
     parameters = parameters_of(model)
     train_private(
@@ -283,6 +283,15 @@ def test_two_runs_differ_and_the_seed_does_not_matter(case: tuple[str, PeftModel
                 parameter.copy_(before[name])
         states.append(run(kind, model, examples, KeyStream(), count=1))
     assert all(not torch.equal(states[0][name], states[1][name]) for name in before)
+
+
+def test_a_heads_clip_is_by_default_twice_the_length_of_standardised_features() -> None:
+    """Of the group's part, √2·√d; a gradient of √d, as of a record that is half right, is not clipped then."""
+    parameters = parameters_of(classifier())
+    mechanism = with_head_clip(Mechanism(1.0, 0.5, 0.1), parameters)
+    assert mechanism == Mechanism(1.0, 0.5, 0.1, 2 * math.sqrt(32))
+    assert with_head_clip(Mechanism(1.0, 0.5, 0.1, 3.0), parameters).head_clip_norm == 3.0
+    assert with_head_clip(Mechanism(1.0, 0.5, 0.1), parameters_of(adapted(llama()))).head_clip_norm is None
 
 
 def test_there_is_no_dropout() -> None:
