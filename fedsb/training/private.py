@@ -103,7 +103,7 @@ def train_private(
 def with_head_clip(mechanism: Mechanism, parameters: Mapping[str, nn.Parameter]) -> Mechanism:
     """A head's clip, where none is set: 2·√d for d features.
 
-    Standardised features are about √d long, and so at the start is a record's gradient in the head. Clipped to much less, the head
+    Standardised features are about √d long, and so at the start is a record's gradient in the head. Clipped to much less, it
     learns the larger class and nothing else (docs/log.md). Of the 2, √2 is for the groups of `add_clipped`.
     """
     widths = [p.shape[1] for name, p in parameters.items() if name.startswith(HEAD) and p.ndim == 2]
