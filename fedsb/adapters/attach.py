@@ -9,7 +9,7 @@ from peft import TaskType, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from fedsb.adapters.head import Features, features_of, standardise
+from fedsb.adapters.head import Features, features_of, linear_head, standardise
 from fedsb.adapters.lora import start_of_a
 from fedsb.adapters.methods import METHODS
 from fedsb.adapters.state import CORE, HEAD, Layout, State, layers_of, told_of
@@ -21,6 +21,7 @@ from fedsb.errors import AdapterError, BasisError
 from fedsb.sections import ModelSection
 
 HEAD_SPREAD = 0.02  # standard deviation of a new head's weights, as transformers initialises them
+STANDARDISED_SPREAD = 1e-3  # of one on standardised features, which are long: so that its first logits are next to nothing
 
 
 def attach(model: Any, config: RunConfig, tokenizer: Any = None) -> Any:
@@ -160,9 +161,10 @@ def restarted(layout: Layout, seed: int, server_round: int, state: Mapping[str, 
 def initial_state(layout: Layout, seed: int, *role: str) -> State:
     """The base model as a state, from which everybody starts: cores, B and D zero, A and the head's weights from the seed."""
     state = {}
+    linear = linear_head([name.removeprefix(HEAD) for name, _ in layout.shapes if name.startswith(HEAD)])
     for name, shape in layout.shapes:
         if name.startswith(HEAD) and len(shape) > 1:
-            state[name] = torch.randn(shape, generator=seeded(seed, name)) * HEAD_SPREAD
+            state[name] = torch.randn(shape, generator=seeded(seed, name)) * (STANDARDISED_SPREAD if linear else HEAD_SPREAD)
         elif name.endswith(".A") and not name.startswith(HEAD):
             state[name] = start_of_a(shape, seeded(seed, name, *role))
         else:

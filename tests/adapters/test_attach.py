@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from fedsb.adapters.attach import HEAD_SPREAD, attach, initial_state, layout_of, shapes_of
+from fedsb.adapters.attach import HEAD_SPREAD, STANDARDISED_SPREAD, attach, initial_state, layout_of, shapes_of
 from fedsb.adapters.state import Layout, get_state, parameters_of, set_state
 from fedsb.adapters.tuner import adapted_layers, set_basis
 from fedsb.basis.spectral import random_basis
@@ -83,7 +83,14 @@ def test_everybody_starts_from_one_head() -> None:
     assert same(state, initial_state(layout, 3))
     weight = state["head.classifier.weight"]
     assert not torch.equal(weight, initial_state(layout, 4)["head.classifier.weight"])
-    assert 0.5 < float(weight.std()) / HEAD_SPREAD < 1.5
+    assert 0.5 < float(weight.std()) / STANDARDISED_SPREAD < 1.5
+    names = {
+        "head.classifier.dense.weight": (8, 8),
+        "head.classifier.dense.bias": (8,),
+        "head.classifier.out_proj.weight": (3, 8),
+    }
+    several = initial_state(Layout(tuple(names.items())), 3)["head.classifier.dense.weight"]
+    assert 0.5 < float(several.std()) / HEAD_SPREAD < 1.5
     assert all(not t.any() for name, t in state.items() if name != "head.classifier.weight")
 
 
