@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedsb.adapters.attach import attach, initial_state, layout_of, shapes_of
-from fedsb.adapters.state import set_state
+from fedsb.adapters.state import HEAD, set_state
 from fedsb.adapters.tuner import adapted_layers
 from fedsb.basis.sketch import SketchPlan, sketched_basis
 from fedsb.data.batches import Encoded
@@ -26,7 +26,10 @@ def sketcher(kind: str, **changes: Any) -> Sketcher:
     """Of a tiny attached model, before its first round."""
     config = run_config(model={"kind": kind})
     model = attach(bert(**changes) if kind == "classification" else llama(**changes), config)
-    set_state(model, initial_state(layout_of(model), 1))
+    state = initial_state(layout_of(model), 1)
+    set_state(
+        model, {name: 20 * t if name.startswith(HEAD) else t for name, t in state.items()}
+    )  # gradients that bounds can clip
     layers = {name: layer.get_base_layer() for name, layer in adapted_layers(model).items()}
     return Sketcher(SketchPlan.of(shapes_of(model), RANK, 0), layers, model.get_base_model(), kind, 0)  # type: ignore[arg-type]
 
