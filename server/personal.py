@@ -9,7 +9,6 @@ from flwr.app import ArrayRecord, ConfigRecord
 from fedsb.adapters.attach import scale_of
 from fedsb.adapters.head import linear_head
 from fedsb.adapters.methods import METHODS
-from fedsb.adapters.state import HEAD
 from fedsb.errors import ReplyError
 from fedsb.store import adapters
 from fedsb.store.files import read_events
@@ -37,7 +36,6 @@ def personalise(run: Federation, strategy: FedSB, state: ArrayRecord) -> None:
         for name, node in sorted((n, i) for i, n in missing.items())
     }
     strategy.expect_personal(state, run.trained)
-    head = [name.removeprefix(HEAD) for name, _ in run.trained.shapes if name.startswith(HEAD)]
     for client, reply in strategy.accepted(rounds, exchange(messages.values())):
         try:
             seconds = {} if strategy.private else {"seconds": metric(reply, SECONDS)}
@@ -64,7 +62,7 @@ def personalise(run: Federation, strategy: FedSB, state: ArrayRecord) -> None:
             scale=scale_of(run.config),
             round=rounds,
             task=Identity.of(reply).task,
-            standardised=linear_head(head) is not None,
+            standardised=linear_head(name for name, _ in run.trained.shapes) is not None,
         )
     run.traffic.add(exchange.traffic)
     run.name_nodes("silent", rounds, exchange.silent)

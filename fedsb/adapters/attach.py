@@ -161,7 +161,7 @@ def restarted(layout: Layout, seed: int, server_round: int, state: Mapping[str, 
 def initial_state(layout: Layout, seed: int, *role: str) -> State:
     """The base model as a state, from which everybody starts: cores, B and D zero, A and the head's weights from the seed."""
     state = {}
-    linear = linear_head([name.removeprefix(HEAD) for name, _ in layout.shapes if name.startswith(HEAD)])
+    linear = linear_head(name for name, _ in layout.shapes)
     for name, shape in layout.shapes:
         if name.startswith(HEAD) and len(shape) > 1:
             state[name] = torch.randn(shape, generator=seeded(seed, name)) * (STANDARDISED_SPREAD if linear else HEAD_SPREAD)

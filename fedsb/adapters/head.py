@@ -13,13 +13,14 @@ Made-up texts are random tokens, the same for everybody, so μ and s follow from
 anybody's data. They never travel.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fedsb.adapters.state import HEAD
 from fedsb.basis.spectral import seeded
 from fedsb.models import HEADS
 
@@ -39,14 +40,15 @@ class Features:
     spread: float
 
 
-def linear_head(names: Collection[str]) -> str | None:
-    """The head whose features are standardised, from the names of all head parameters: one linear layer with a bias."""
-    return next((head for head in HEADS if set(names) == {f"{head}.weight", f"{head}.bias"}), None)
+def linear_head(names: Iterable[str]) -> str | None:
+    """The head whose features are standardised, from the names of a state: one linear layer with a bias."""
+    found = {name.removeprefix(HEAD) for name in names if name.startswith(HEAD)}
+    return next((head for head in HEADS if found == {f"{head}.weight", f"{head}.bias"}), None)
 
 
 def features_of(model: Any, tokenizer: Any) -> Features | None:
     """Of a frozen transformers model in evaluation mode; None if it has no head for that."""
-    found = linear_head([name for name, _ in model.named_parameters() if name.partition(".")[0] in HEADS])
+    found = linear_head(HEAD + name for name, _ in model.named_parameters() if name.partition(".")[0] in HEADS)
     if found is None:
         return None
     ids = torch.randint(len(tokenizer), (TEXTS, TOKENS), generator=seeded(0, "features"))

@@ -80,5 +80,5 @@ def test_a_head_of_several_layers_or_without_a_bias_is_left_alone(source: str) -
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 40}
     assert features_of(RobertaForSequenceClassification(RobertaConfig(**sizes)), tokenizer) is None
     assert features_of(llama(), tokenizer) is None
-    assert linear_head(["score.weight"]) is None
-    assert linear_head(["classifier.weight", "classifier.bias"]) == "classifier"
+    assert linear_head(["head.score.weight"]) is None
+    assert linear_head(["a.core", "head.classifier.weight", "head.classifier.bias"]) == "classifier"
