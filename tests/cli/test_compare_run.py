@@ -54,11 +54,16 @@ def test_ctrl_c_reaches_the_run_too(comparison: Path, out: Path) -> None:
         "--seeds",
         "0",
     ]
-    process = subprocess.Popen([*command, "--set", "federation.rounds=500"], stderr=subprocess.PIPE, text=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs the suite in the background
     try:
-        _stop_after_a_round(process, comparison, out)
+        process = subprocess.Popen([*command, "--set", "federation.rounds=500"], stderr=subprocess.PIPE, text=True)
     finally:
-        process.kill()
+        signal.signal(signal.SIGINT, before)
+    with process:
+        try:
+            _stop_after_a_round(process, comparison, out)
+        finally:
+            process.kill()
 
 
 def _stop_after_a_round(process: subprocess.Popen[str], comparison: Path, out: Path) -> None:
