@@ -183,7 +183,7 @@ def config_of(cell: Cell, options: argparse.Namespace, folder: Path) -> RunConfi
         {
             "name": "private-accuracy",
             "seed": cell.seed,
-            "model": {"source": options.model, "kind": "classification"},
+            "model": {"source": options.model, "kind": "classification", "dtype": "bf16"},
             "data": {"tasks": [{"name": cell.task, "source": f"jsonl:{folder / own}"}], "labels": labels, "max_length": 64},
             "adapter": {"method": cell.method, "rank": PEER_RANK} if peer else {"method": "lora-sb", "rank": RANK},
             "basis": basis,

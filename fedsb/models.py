@@ -59,10 +59,10 @@ def device_of(name: str) -> torch.device:
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """`auto` → bf16 where the hardware multiplies it fast (GPUs, CPUs with AMX), fp32 elsewhere."""
+    """`auto` → bf16 where the hardware multiplies it fast (GPUs, CPUs with AMX or AVX-512 BF16), fp32 elsewhere."""
     if name != "auto":
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
-    fast = device.type != "cpu" or torch.cpu._is_amx_tile_supported()
+    fast = device.type != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
 

@@ -39,7 +39,7 @@ class ModelSection(Section):
     )
     dtype: Literal["auto", "bf16", "fp32"] = Field(
         "auto",
-        description="dtype of the frozen weights; `auto`: bf16 on GPUs and on CPUs with AMX, fp32 on CPUs without, "
+        description="dtype of the frozen weights; `auto`: bf16 on GPUs and on CPUs with AMX or AVX-512 BF16, fp32 on CPUs without, "
         "which multiply bf16 slower",
     )
 

@@ -180,20 +180,23 @@ def test_an_outline_has_the_layout_of_the_loaded_model(tmp_path: Path, kind: str
 
 
 @pytest.mark.parametrize(
-    ("name", "device", "amx", "expected"),
+    ("name", "device", "amx", "avx512", "expected"),
     [
-        ("auto", "cpu", True, torch.bfloat16),
-        ("auto", "cpu", False, torch.float32),
-        ("auto", "cuda", False, torch.bfloat16),
-        ("auto", "mps", False, torch.bfloat16),
-        ("fp32", "cuda", True, torch.float32),
-        ("bf16", "cpu", False, torch.bfloat16),
+        ("auto", "cpu", True, True, torch.bfloat16),
+        ("auto", "cpu", True, False, torch.bfloat16),
+        ("auto", "cpu", False, True, torch.bfloat16),
+        ("auto", "cpu", False, False, torch.float32),
+        ("auto", "cuda", False, False, torch.bfloat16),
+        ("auto", "mps", False, False, torch.bfloat16),
+        ("fp32", "cuda", True, True, torch.float32),
+        ("bf16", "cpu", False, False, torch.bfloat16),
     ],
 )
 def test_the_dtype_follows_the_hardware_unless_told(
-    monkeypatch: pytest.MonkeyPatch, name: str, device: str, amx: bool, expected: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, name: str, device: str, amx: bool, avx512: bool, expected: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     assert dtype_of(name, torch.device(device)) == expected
 
 

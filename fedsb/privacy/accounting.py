@@ -86,7 +86,7 @@ def epsilon(releases: Sequence[Release], delta: float) -> Epsilon:
     rdp = _rdp(releases, delta)
     if all(release.sample_rate == 1 for release in releases):
         return Epsilon(gaussian_epsilon(math.sqrt(sum(r.steps / r.noise_multiplier**2 for r in releases)), delta), rdp)
-    return Epsilon(_prv(releases, delta) if rdp <= PRV_LIMIT else math.inf, rdp)
+    return Epsilon(_prv(_history(releases), delta) if rdp <= PRV_LIMIT else math.inf, rdp)
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
@@ -138,13 +138,13 @@ def _normal_cdf(x: float) -> float:
     return 0.5 * math.erfc(-x / math.sqrt(2))
 
 
-def _history(releases: Sequence[Release]) -> list[tuple[float, float, int]]:
+def _history(releases: Sequence[Release]) -> tuple[tuple[float, float, int], ...]:
     """As Opacus' accountants hold it: noise, rate, steps; equal mechanisms in one line."""
     steps: dict[tuple[float, float], int] = {}
     for release in releases:
         key = release.noise_multiplier, release.sample_rate
         steps[key] = steps.get(key, 0) + release.steps
-    return [(noise, rate, count) for (noise, rate), count in steps.items()]
+    return tuple((noise, rate, count) for (noise, rate), count in steps.items())
 
 
 def _rdp(releases: Sequence[Release], delta: float) -> float:
@@ -162,9 +162,11 @@ def _curve(noise: float, rate: float) -> npt.NDArray[np.float64]:
     return found
 
 
-def _prv(releases: Sequence[Release], delta: float) -> float:
+@functools.lru_cache(maxsize=4096)
+def _prv(history: tuple[tuple[float, float, int], ...], delta: float) -> float:
+    """Half a second, and in a simulation every client asks for the same."""
     accountant = PRVAccountant()  # type: ignore[no-untyped-call]
-    accountant.history = _history(releases)
+    accountant.history = list(history)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Optimal order is the (largest|smallest) alpha")  # of a first bound of its own
         warnings.filterwarnings("ignore", category=RuntimeWarning)  # logarithms of 0 at the ends of its grid, which it drops
