@@ -39,8 +39,8 @@ class ModelSection(Section):
     )
     dtype: Literal["auto", "bf16", "fp32"] = Field(
         "auto",
-        description="dtype of the frozen weights; `auto`: bf16 on GPUs and on CPUs with AMX or AVX-512 BF16, fp32 on CPUs without, "
-        "which multiply bf16 slower",
+        description="dtype of the frozen weights; `auto`: bf16 on GPUs and on CPUs with AMX or AVX-512 BF16, fp32 on CPUs "
+        "without, which multiply bf16 slower",
     )
 
 
