@@ -130,7 +130,7 @@ def train(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
     plan = round_plan(session.config, order.round)
     vector, metrics = _train(content, TRAIN, session, site, policy, plan, order.round, control)
     own.keep(session, site, vector, order.round)
-    vector = session.share(site).take(vector)
+    vector = session.returned(site, order.round).take(vector)
     if session.config.privacy.secure_sum:
         masked = secure.mask(content, session, site, vector - unpack_state(content.get(ARRAYS)))
         return reply_content(_identity(order, session, site), metrics, masked)

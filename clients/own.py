@@ -28,7 +28,7 @@ def whole(session: Session, site: Site, part: Tensor, server_round: int) -> Tens
     Without a file of its own it is as at the start: B = 0, so the base model. Raises StoreError if what it kept is gone, and
     AdapterError if `part` is no share of this client.
     """
-    share = session.share(site)
+    share = session.received(site, server_round)
     if share.index is None:
         return share.put(part, part)
     rest = {name: torch.zeros(shape) for name, shape in session.layout.shapes}

@@ -86,7 +86,7 @@ class Policy(Section):
         if self.secure_sum_only and not config.privacy.secure_sum:
             raise _beyond("privacy.secure_sum", "false", "secure_sum_only = true")
         for key, value, limit in (
-            ("adapter.rank" + " × heads" * (adapter.head_count > 1), adapter.rank * adapter.head_count, "max_rank"),
+            ("adapter.rank" + " × heads" * (config.head_count > 1), adapter.rank * config.head_count, "max_rank"),
             ("train.steps or personal.steps", steps, "max_steps"),
             ("federation.rounds", config.federation.rounds, "max_rounds"),
         ):

@@ -15,7 +15,7 @@ from fedsb.adapters.attach import attach, give_basis, initial_state, layout_of, 
 from fedsb.adapters.folding import fold_into
 from fedsb.adapters.method import Around, wholly
 from fedsb.adapters.methods import METHODS
-from fedsb.adapters.share import Share, kept_names, share_of
+from fedsb.adapters.share import Share, heads_of, kept_names, share_of
 from fedsb.adapters.state import get_state, layers_of, parameters_of, set_state
 from fedsb.basis.frames import Basis, Fold, folded_fingerprint
 from fedsb.config import RunConfig
@@ -205,6 +205,19 @@ class Session:
     def share(self, site: Site) -> Share:
         """What of a state travels between the server and this client."""
         return share_of(self.layout, self.config.adapter.method, self.config.rank_of(site.name))
+
+    def received(self, site: Site, server_round: int) -> Share:
+        """What of the state comes to this client at the beginning of a round."""
+        if not METHODS[self.config.adapter.method].in_turn:
+            return self.share(site)
+        return heads_of(self.layout, self.config.adapter.method, 0, self.config.turn(server_round))
+
+    def returned(self, site: Site, server_round: int) -> Share:
+        """What of the state goes back at the end of a round."""
+        if not METHODS[self.config.adapter.method].in_turn:
+            return self.share(site)
+        turn = self.config.turn(server_round)
+        return heads_of(self.layout, self.config.adapter.method, turn, turn)
 
     def published(self, site: Site) -> Share:
         """What of a state this client publishes as its personal adapter."""

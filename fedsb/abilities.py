@@ -6,6 +6,7 @@ Method = Literal[
     "lora-sb",
     "lora-xs",
     "nested-sb",
+    "refreshed-sb",
     "ravan",
     "lora",
     "ffa-lora",
@@ -22,6 +23,8 @@ Method = Literal[
 ]
 
 HEADS = 4  # of RAVAN, as in its paper's tables
+IN_TURN = ("refreshed-sb",)  # methods whose heads are trained one after another
+HEADED = ("ravan", *IN_TURN)  # methods with `adapter.heads`
 RANKED_LORA = ("hetlora", "flexlora")  # methods whose mean needs each client's own factors
 RANKED = ("nested-sb", "flora-stacking", *RANKED_LORA)  # methods whose clients may have different ranks
 ANY = ("random", "weights", "public", "sketch")

@@ -12,6 +12,7 @@ from typing import Any
 
 import tomli_w
 
+from fedsb.abilities import HEADED, HEADS, IN_TURN
 from fedsb.errors import ConfigError
 from fedsb.settings import Settings
 from fedsb.validation import set_key, validated
@@ -29,6 +30,18 @@ class RunConfig(Settings):
     def rank_of(self, client: str) -> int:
         """The rank at which a client trains."""
         return self.adapter.ranks.get(client, self.adapter.rank)
+
+    @property
+    def head_count(self) -> int:
+        """How many heads a layer has; 1 for methods without."""
+        if self.adapter.method not in HEADED:
+            return 1
+        return self.adapter.heads or (min(HEADS, self.federation.rounds) if self.adapter.method in IN_TURN else HEADS)
+
+    def turn(self, server_round: int) -> int:
+        """Which head, from 0, is trained in a round, from 1, by a method that has them in turn; after the last round the last."""
+        done = min(server_round, self.federation.rounds) - 1
+        return max(done, 0) * self.head_count // self.federation.rounds
 
     def digest(self) -> str:
         """SHA-256 over all that decides the result of clients that answer as they should: so over everything but `[runtime]`,

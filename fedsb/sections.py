@@ -105,7 +105,10 @@ class AdapterSection(Section):
         description="true: each training step uses leading blocks of a rank drawn from 1 to the client's, so that a trained core "
         "works when it is cut (only `nested-sb`)",
     )
-    heads: PositiveInt | None = Field(None, description=f"heads of a layer, each of rank r (only `ravan`; default {HEADS})")
+    heads: PositiveInt | None = Field(
+        None,
+        description=f"heads of a layer, each of rank r (only `ravan`, and `refreshed-sb`: at most one a round; default {HEADS})",
+    )
     smallest_rank: PositiveInt = Field(1, description="the smallest rank that is drawn (only `dylora`)")
     draw: Literal["step", "round"] = Field(
         "step",
@@ -122,11 +125,6 @@ class AdapterSection(Section):
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
         "all-linear", description="names of the linear layers to adapt; all of them except the output head"
     )
-
-    @property
-    def head_count(self) -> int:
-        """How many heads a layer has; 1 for methods without."""
-        return self.heads or HEADS if self.method == "ravan" else 1
 
 
 class BasisSection(Section):

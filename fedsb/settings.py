@@ -9,7 +9,20 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from fedsb.abilities import FOLDING, MEANS, NO_RECORDS, OWN_SETTINGS, RANKED, RANKED_LORA, ROBUST, SCALED, SOURCES, WHOLE
+from fedsb.abilities import (
+    FOLDING,
+    HEADED,
+    IN_TURN,
+    MEANS,
+    NO_RECORDS,
+    OWN_SETTINGS,
+    RANKED,
+    RANKED_LORA,
+    ROBUST,
+    SCALED,
+    SOURCES,
+    WHOLE,
+)
 from fedsb.sections import (
     CLIENT,
     AdapterSection,
@@ -91,9 +104,10 @@ class Settings(Section):
             raise ValueError(
                 f'adapter.method = "{self.adapter.method}" is exact only with federation.wire_dtype = "fp32"; leave it out'
             )
-        if self.adapter.method != "ravan" and self.adapter.heads is not None:
+        if self.adapter.method not in HEADED and self.adapter.heads is not None:
             raise ValueError(
-                f'adapter.heads are those of ravan, and adapter.method = "{self.adapter.method}" has none; drop them'
+                f'adapter.heads are those of {" and ".join(HEADED)}, and adapter.method = "{self.adapter.method}" has none; '
+                "drop them"
             )
         for key in ("smallest_rank", "draw", "frozen"):
             if self.adapter.method != "dylora" and getattr(self.adapter, key) != AdapterSection.model_fields[key].default:
@@ -255,7 +269,7 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _consistent_method_and_strategy(self) -> "Settings":
-        adapter, strategy = self.adapter, self.strategy
+        adapter, strategy, privacy = self.adapter, self.strategy, self.privacy
         for key, strategies in OWN_SETTINGS.items():
             chosen = getattr(strategy, key) != StrategySection.model_fields[key].default
             if chosen and strategy.name not in strategies:
@@ -266,6 +280,18 @@ class Settings(Section):
             raise ValueError(
                 f'adapter.method = "{adapter.method}" makes a mean of its own, of factors that are no updates of those before, '
                 f'and strategy.name = "{strategy.name}" needs such; set strategy.name to {" or ".join(MEANS)}, or another method'
+            )
+        name = f'strategy.name = "{strategy.name}"'
+        if adapter.method in IN_TURN and (strategy.name not in MEANS or privacy.secure_sum or privacy.unit == "client"):
+            raise ValueError(
+                f'adapter.method = "{adapter.method}" trains one head a round, and {name}, privacy.secure_sum and '
+                f'privacy.unit = "client" are about all of them; set strategy.name to {" or ".join(MEANS)} and '
+                'privacy.unit to "record" or "none", or adapter.method = "ravan"'
+            )
+        if adapter.method in IN_TURN and (adapter.heads or 1) > self.federation.rounds:
+            raise ValueError(
+                f"adapter.heads = {adapter.heads} are trained one after another, and there are federation.rounds = "
+                f"{self.federation.rounds}; lower adapter.heads"
             )
         if adapter.ranks and strategy.name in WHOLE:
             raise ValueError(

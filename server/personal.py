@@ -32,7 +32,7 @@ def personalise(run: Federation, strategy: FedSB, state: ArrayRecord) -> None:
     exchange = Exchange(run.grid, run.config.federation.round_seconds)
     order = strategy.order(rounds)
     messages = {
-        name: strategy.question(node, PERSONALISE, order, strategy.sent_to(name, state))
+        name: strategy.question(node, PERSONALISE, order, strategy.sent_to(name, state, rounds + 1))
         for name, node in sorted((n, i) for i, n in missing.items())
     }
     strategy.expect_personal(state, run.trained)

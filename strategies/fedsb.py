@@ -130,9 +130,10 @@ class FedSB(Shares, Strategy):
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """The global state to every client drawn for this round."""
         nodes, self.wanted = self.sample(server_round)
-        self.expect(arrays, round_plan(self.config, server_round), self.config.federation.wire_dtype)
+        turn = self.config.turn(server_round) if self.method.in_turn else None
+        self.expect(arrays, round_plan(self.config, server_round), self.config.federation.wire_dtype, turn)
         order = self.order(server_round)
-        return [self.question(node, TRAIN, order, self.sent_to(self.roster[node], arrays)) for node in nodes]
+        return [self.question(node, TRAIN, order, self.sent_to(self.roster[node], arrays, server_round)) for node in nodes]
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The exact mean of the cores that pass their checks; None if fewer than `min_clients` do.
@@ -163,7 +164,8 @@ class FedSB(Shares, Strategy):
             if self.method.fold:
                 kept.append((vector, weight))
             if self.error:
-                self.error.add(self.layout.unflatten(padded(vector, index)), weight)
+                whole = vector if self.method.in_turn else padded(vector, index)  # heads that did not learn are as they were
+                self.error.add(self.layout.unflatten(whole), weight)
             told = {} if self.private else {"examples": examples, "loss": loss, "seconds": seconds}
             self.tell("reply", round=server_round, client=client, norm=norm, **told)
             if federation.over_sample > 1 and mean.count == self.wanted:
@@ -237,7 +239,7 @@ class FedSB(Shares, Strategy):
         which = str(config["which"])
         order, told = self.order(server_round, which), "global" in which.split(",")
         return [
-            self.question(node, EVALUATE, order, self.sent_to(name, arrays) if told else None)
+            self.question(node, EVALUATE, order, self.sent_to(name, arrays, server_round + 1) if told else None)
             for name, node in sorted((n, i) for i, n in self.roster.items())
         ]
 

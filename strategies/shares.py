@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedsb.adapters.attach import initial_state
 from fedsb.adapters.methods import METHODS
-from fedsb.adapters.share import Share, kept_names, share_of
+from fedsb.adapters.share import Share, heads_of, kept_names, share_of
 from fedsb.adapters.state import HEAD, Layout
 from fedsb.aggregation.checks import Reach, check_vector
 from fedsb.config import RunConfig
@@ -38,6 +38,7 @@ class Shares:
     sent: Tensor  # the state of the last question (size of `returns`,)
     reach: Reach
     dtype: Literal["fp32", "bf16"]
+    turn: int | None = None  # the head that alone comes back; None: all
 
     def __init__(self, config: RunConfig, layout: Layout) -> None:
         self.config, self.layout = config, layout
@@ -47,19 +48,24 @@ class Shares:
         """Which numbers of the server's state travel to and from a client."""
         return share_of(self.layout, self.config.adapter.method, self.config.rank_of(client), kept=True)
 
-    def sent_to(self, client: str, arrays: ArrayRecord) -> ArrayRecord:
-        """A client's share of the server's state; the same record if that is all of it."""
-        share = self.share(client)
+    def sent_to(self, client: str, arrays: ArrayRecord, server_round: int) -> ArrayRecord:
+        """A client's share of the server's state, with which `server_round` begins; the same record if that is all of it."""
+        share, method = self.share(client), self.config.adapter.method
+        if METHODS[method].in_turn:
+            share = heads_of(self.layout, method, 0, self.config.turn(server_round))
         if share.index is None:
             return arrays
         return pack_state(share.take(unpack_state(arrays)), self.config.federation.wire_dtype)
 
     def returned(self, client: str) -> Share:
         """What comes back from a client."""
+        if self.turn is not None:
+            return heads_of(self.layout, self.config.adapter.method, self.turn, self.turn)
         return share_of(self.returns, self.config.adapter.method, self.config.rank_of(client), kept=True)
 
-    def expect(self, arrays: ArrayRecord, plan: Plan, dtype: Literal["fp32", "bf16"]) -> None:
+    def expect(self, arrays: ArrayRecord, plan: Plan, dtype: Literal["fp32", "bf16"], turn: int | None = None) -> None:
         """Remember which states can come back from this one, and in which dtype, for `accepted` and `usable`."""
+        self.turn = turn
         core, head = largest_update(plan)
         reach, limit = METHODS[self.config.adapter.method].reach, self.config.federation.max_update_norm
         self.sent, self.returns = unpack_state(arrays), self.layout

@@ -18,6 +18,7 @@ FLOORS = [
     ["fedsb.cli"],
 ]
 SAME_FLOOR = {
+    ("fedsb.config", "fedsb.abilities"),
     ("fedsb.config", "fedsb.errors"),
     ("fedsb.config", "fedsb.settings"),
     ("fedsb.settings", "fedsb.abilities"),

@@ -38,7 +38,7 @@ def attach(model: Any, config: RunConfig, tokenizer: Any = None) -> Any:
     if set(method.frames) == {"B", "A"}:
         told |= {"basis_dtype": config.basis.dtype, "seed": config.seed}
     if method.heads:
-        told["heads"] = adapter.head_count
+        told["heads"] = config.head_count
     peft_config = method.config(adapter.rank, scale_of(config) * adapter.rank, told)
     features = features_of(model, tokenizer) if tokenizer is not None and task == TaskType.SEQ_CLS else None
     linear = {name: (m.out_features, m.in_features) for name, m in model.named_modules() if isinstance(m, nn.Linear)}

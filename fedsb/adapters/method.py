@@ -67,6 +67,8 @@ class Method:
         frame: (r, in) → A, where A alone is frozen and follows from its shape; None: from the run's seed.
         dense: (parts, W0) → the update of the weight (out, in), where there is no chain.
         heads: whether an update is a sum of `adapter.heads` heads of rank r.
+        in_turn: whether heads are trained one after another (`RunConfig.turn`): only the one whose turn it is comes back from a
+            client, and only it and those before it go out.
         native: parts → the tensors of a core in our own format; None: there is no core.
         around: (run, model, client) → what is open around each of the client's steps; None: nothing.
         kept: parts (and `head`) that stay with each client and never travel in training (`fedsb.adapters.share`).
@@ -88,6 +90,7 @@ class Method:
     frame: Callable[[tuple[int, int]], Tensor] | None = None
     dense: Dense | None = None
     heads: bool = False
+    in_turn: bool = False
     native: Callable[[Parts], dict[str, Tensor]] | None = None
     around: Callable[[RunConfig, nn.Module, str], Around] | None = None
     kept: tuple[str, ...] = ()

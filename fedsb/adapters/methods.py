@@ -15,6 +15,7 @@ from fedsb.adapters.miss import MISS
 from fedsb.adapters.nested_sb import NESTED_SB
 from fedsb.adapters.ranks_lora import FLEXLORA, HETLORA
 from fedsb.adapters.ravan import RAVAN
+from fedsb.adapters.refreshed_sb import REFRESHED_SB
 
 METHODS: dict[str, Method] = {
     "lora-sb": LORA_SB,
@@ -30,6 +31,7 @@ METHODS: dict[str, Method] = {
     "ravan": RAVAN,
     "dylora": DYLORA,
     "nested-sb": NESTED_SB,
+    "refreshed-sb": REFRESHED_SB,
     "fedsa-lora": FEDSA_LORA,
     "hetlora": HETLORA,
     "flexlora": FLEXLORA,

@@ -2,7 +2,8 @@
 
 A share is a layout of its own, made of a whole one: without the parts that a method leaves with each client (`Method.kept`),
 and with every rank cut to the client's. A cut tensor is the leading block of the whole one, so a share's vector is some
-entries of the whole vector, in the same order. The server's whole state is the share of a client of full rank.
+entries of the whole vector, in the same order. The server's whole state is the share of a client of full rank. Of heads that
+are trained in turn a share can have some alone.
 """
 
 from dataclasses import dataclass
@@ -24,10 +25,12 @@ class Share:
     Attributes:
         whole: the layout of the state.
         layout: of its names, and of each tensor's shape, as much as is in the share.
+        first: of the tensors that are cut, the entry of their first axis with which the share begins.
     """
 
     whole: Layout
     layout: Layout
+    first: int = 0
 
     @cached_property
     def index(self) -> Tensor | None:
@@ -35,7 +38,10 @@ class Share:
         if self.layout == self.whole:
             return None
         places = self.whole.unflatten(torch.arange(self.whole.size))
-        blocks = [places[name][tuple(map(slice, shape))] for name, shape in self.layout.shapes]
+        of = dict(self.whole.shapes)
+        blocks = [
+            places[name][self.first if shape != of[name] else 0 :][tuple(map(slice, shape))] for name, shape in self.layout.shapes
+        ]
         return torch.cat([block.reshape(-1) for block in blocks])
 
     def take(self, vector: Tensor) -> Tensor:
@@ -58,6 +64,17 @@ def share_of(whole: Layout, method: str, rank: int, *, kept: bool = False) -> Sh
     left_out = () if kept else kept_names(whole, says)
     shapes = [(name, says.cut(_part(name), shape, rank)) for name, shape in whole.shapes if name not in left_out]
     return Share(whole, Layout(tuple(shapes)))
+
+
+@lru_cache(maxsize=256)
+def heads_of(whole: Layout, method: str, first: int, last: int) -> Share:
+    """The share of heads `first` … `last` of a method that has them in turn, and of all that is in no head."""
+    says = METHODS[method]
+
+    def cut(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (last - first + 1, *shape[1:]) if says.parts.get(_part(name), "")[:1] == ("h",) else shape
+
+    return Share(whole, Layout(tuple((name, cut(name, shape)) for name, shape in whole.shapes)), first)
 
 
 def kept_names(layout: Layout, method: Method) -> tuple[str, ...]:

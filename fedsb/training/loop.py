@@ -67,8 +67,9 @@ def learning_rate(config: RunConfig) -> float:
     chosen, adapter = config.train.learning_rate, config.adapter
     if chosen != "auto":
         return chosen
-    rank = adapter.rank * math.sqrt(adapter.head_count)
-    return METHODS[adapter.method].rate or STEP_SIZE[config.basis.source] / max(rank, LOWEST_RANK)
+    method = METHODS[adapter.method]
+    rank = adapter.rank * math.sqrt(1 if method.in_turn else config.head_count)
+    return method.rate or STEP_SIZE[config.basis.source] / max(rank, LOWEST_RANK)
 
 
 def round_plan(config: RunConfig, server_round: int) -> Plan:

@@ -68,7 +68,7 @@ def build_basis(config: RunConfig, model: Any, tokenizer: Any, device: torch.dev
         }
         basis = Basis({}, a, {})
     elif method.heads:
-        basis = heads_basis(shapes, rank, config.adapter.head_count, config.seed)
+        basis = heads_basis(shapes, rank, config.head_count, config.seed)
     elif section.source == "random":
         basis = random_basis(shapes, rank, config.seed)
     else:

@@ -15,7 +15,8 @@ from fedsb.errors import AdapterError, BasisError
 from tests.adapters.samples import RANK, adapted, also, bert, gpt2, llama, snapshot, tokens
 from tests.reference import adapted_linear, with_updates
 
-OURS = dict.fromkeys(("lora-sb", "nested-sb", "lora-xs", "ravan"), "FEDSB") | dict.fromkeys(("bone", "bone-row"), "FEDSB_BONE")
+CORES = ("lora-sb", "nested-sb", "lora-xs", "ravan", "refreshed-sb")
+OURS = dict.fromkeys(CORES, "FEDSB") | dict.fromkeys(("bone", "bone-row"), "FEDSB_BONE")
 TYPES = {name: "LORA" for name in METHODS} | OURS | {"miss": "MISS"}
 FP32, BF16 = torch.float32, torch.bfloat16
 

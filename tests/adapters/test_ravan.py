@@ -262,7 +262,7 @@ def test_a_run_has_it_from_the_seed_and_starts_from_the_base_model() -> None:
 def test_the_automatic_rate_is_that_of_a_core_with_as_many_numbers(rank: int, heads: int | None, rate: float) -> None:
     config = run_config(adapter={"method": "ravan", "rank": rank, "heads": heads})
     assert learning_rate(config) == pytest.approx(rate)
-    count = rank * rank * config.adapter.head_count
+    count = rank * rank * config.head_count
     assert rate == 0.04 or learning_rate(config) * math.sqrt(count) == pytest.approx(0.64)
 
 

@@ -7,11 +7,12 @@ from hypothesis import strategies as st
 
 from fedsb.abilities import RANKED
 from fedsb.adapters.methods import METHODS
-from fedsb.adapters.share import share_of
+from fedsb.adapters.share import heads_of, share_of
 from fedsb.adapters.state import Layout
 from fedsb.errors import AdapterError
 
 CORES = Layout((("a.core", (5, 5)), ("b.core", (5, 5)), ("head.classifier.weight", (3, 4))))
+TURNS = Layout((("a.heads", (4, 3, 3)), ("b.heads", (4, 3, 3)), ("head.classifier.weight", (3, 4))))
 FACTORS = Layout((("a.A", (5, 7)), ("a.B", (6, 5)), ("head.classifier.bias", (3,))))
 
 
@@ -65,3 +66,18 @@ def test_a_share_of_another_size_is_refused() -> None:
     for size in (share.layout.size - 1, CORES.size):
         with pytest.raises(AdapterError, match=rf"a state of 20 numbers was expected and \({size},\) came"):
             share.put(torch.zeros(size), torch.zeros(CORES.size))
+
+
+@given(first=st.integers(0, 3), more=st.integers(0, 3))
+def test_heads_in_turn_are_those_alone_and_what_is_in_none(first: int, more: int) -> None:
+    last = min(first + more, 3)
+    share, vector, other = heads_of(TURNS, "refreshed-sb", first, last), torch.randn(TURNS.size), torch.randn(TURNS.size)
+    state, mine = TURNS.unflatten(vector), share.layout.unflatten(share.take(vector))
+    both, kept = TURNS.unflatten(share.put(share.take(vector), other)), TURNS.unflatten(other)
+    for name in ("a.heads", "b.heads"):
+        assert torch.equal(mine[name], state[name][first : last + 1])
+        expected = kept[name].clone()
+        expected[first : last + 1] = state[name][first : last + 1]
+        assert torch.equal(both[name], expected)
+    assert torch.equal(both["head.classifier.weight"], state["head.classifier.weight"])
+    assert (share.index is None) == (first == 0 and last == 3)

@@ -11,7 +11,7 @@ from peft.tuners.miss.layer import MissLinear
 from safetensors.torch import load_file
 
 from clients.session import Session, Site
-from fedsb.abilities import FOLDING, NO_RECORDS, RANKED, SCALED
+from fedsb.abilities import FOLDING, HEADED, NO_RECORDS, RANKED, SCALED
 from fedsb.adapters.attach import restarted, scale_of, start_state
 from fedsb.adapters.bone import BoneLinear
 from fedsb.adapters.flora_stacking import stacked
@@ -367,9 +367,11 @@ def test_privacy_by_record_is_refused_where_records_have_no_gradients(method: st
         check_gradients(blind.transformer, blind.parameters, "causal", 0)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"ravan"}))
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - set(HEADED)))
 def test_heads_of_what_has_none_are_refused(method: str, llama: str, words: str) -> None:
-    with pytest.raises(ConfigError, match=f'adapter.heads are those of ravan, and adapter.method = "{method}" has none'):
+    with pytest.raises(
+        ConfigError, match=f'adapter.heads are those of ravan and refreshed-sb, and adapter.method = "{method}" has none'
+    ):
         config(llama, words, method, adapter={"method": method, "heads": 4})
 
 
