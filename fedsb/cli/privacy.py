@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 
 from fedsb.adapters.attach import attach, layout_of
-from fedsb.adapters.share import share_of
+from fedsb.adapters.methods import METHODS
+from fedsb.adapters.share import heads_of, share_of
 from fedsb.cli.run import table_of
 from fedsb.config import RunConfig
 from fedsb.data.sites import client_data
@@ -44,6 +45,8 @@ def plan(
     layout = layout_of(attach(outline_model(locate(chosen.model.source), chosen.model, _labels(chosen)), chosen))
     if chosen.privacy.unit == "client":  # noise falls on what travels
         layout = share_of(layout, chosen.adapter.method, chosen.adapter.rank).layout
+    if METHODS[chosen.adapter.method].in_turn:  # on what learns
+        layout = heads_of(layout, chosen.adapter.method, 0, 0).layout
     rows = [_planned(chosen, name, count, layout.size) for name, count in _counts(chosen, records or [])]
     if json_:
         print(json.dumps({"unit": chosen.privacy.unit, "numbers": layout.size, "clients": rows}))
