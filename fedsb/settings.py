@@ -281,12 +281,15 @@ class Settings(Section):
                 f'adapter.method = "{adapter.method}" makes a mean of its own, of factors that are no updates of those before, '
                 f'and strategy.name = "{strategy.name}" needs such; set strategy.name to {" or ".join(MEANS)}, or another method'
             )
-        name = f'strategy.name = "{strategy.name}"'
-        if adapter.method in IN_TURN and (strategy.name not in MEANS or privacy.secure_sum or privacy.unit == "client"):
+        if adapter.method in IN_TURN and strategy.name not in MEANS:
             raise ValueError(
-                f'adapter.method = "{adapter.method}" trains one head a round, and {name}, privacy.secure_sum and '
-                f'privacy.unit = "client" are about all of them; set strategy.name to {" or ".join(MEANS)} and '
-                'privacy.unit to "record" or "none", or adapter.method = "ravan"'
+                f'adapter.method = "{adapter.method}" trains one head a round, and strategy.name = "{strategy.name}" is about '
+                f'all of them; set strategy.name to {" or ".join(MEANS)}, or adapter.method = "ravan"'
+            )
+        if adapter.method in IN_TURN and (privacy.secure_sum or privacy.unit == "client"):
+            raise ValueError(
+                f'adapter.method = "{adapter.method}" trains one head a round, and privacy.secure_sum and privacy.unit = '
+                '"client" are about all of them; leave both out, or set adapter.method = "ravan"'
             )
         if adapter.method in IN_TURN and (adapter.heads or 1) > self.federation.rounds:
             raise ValueError(

@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 
 from fedsb.adapters.attach import attach, layout_of, model_section, scale_of, shapes_of, start_state
 from fedsb.adapters.methods import METHODS
-from fedsb.adapters.share import share_of
+from fedsb.adapters.share import share_of, trained_size
 from fedsb.aggregation.checks import Strikes, check_equal, check_size
 from fedsb.aggregation.error import AggregationError
 from fedsb.basis.frames import Basis
@@ -75,7 +75,7 @@ class Federation:
             model=config.model.source,
             method=config.adapter.method,
             rank=config.adapter.rank,
-            trainable=self.trained.size,
+            trainable=trained_size(self.trained, config.adapter.method),
         )
 
     def choose_basis(self) -> Basis:

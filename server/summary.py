@@ -5,6 +5,7 @@ from collections import Counter
 from importlib.metadata import version
 from typing import Any
 
+from fedsb.adapters.share import trained_size
 from fedsb.basis.frames import Basis
 from fedsb.privacy.accounting import epsilon
 from fedsb.privacy.mechanism import basis_releases, delta_of, mechanism_of
@@ -28,7 +29,7 @@ def summarise(run: Federation, basis: Basis, evaluation: dict[str, Any], seconds
         "seed": config.seed,
         "clients": len(run.roster),
         "rounds": config.federation.rounds,
-        "trainable_parameters": run.trained.size,
+        "trainable_parameters": trained_size(run.trained, config.adapter.method),
         "basis": {"source": basis_source(config), "fingerprint": basis.fingerprint, "bytes": basis.nbytes},
         "bytes": {
             "basis": run.traffic.basis,

@@ -39,6 +39,7 @@ class Shares:
     reach: Reach
     dtype: Literal["fp32", "bf16"]
     turn: int | None = None  # the head that alone comes back; None: all
+    _cut: tuple[int, int, ArrayRecord, ArrayRecord] | None = None  # of heads in turn: which state and round, and what goes out
 
     def __init__(self, config: RunConfig, layout: Layout) -> None:
         self.config, self.layout = config, layout
@@ -51,8 +52,12 @@ class Shares:
     def sent_to(self, client: str, arrays: ArrayRecord, server_round: int) -> ArrayRecord:
         """A client's share of the server's state, with which `server_round` begins; the same record if that is all of it."""
         share, method = self.share(client), self.config.adapter.method
-        if METHODS[method].in_turn:
-            share = heads_of(self.layout, method, 0, self.config.turn(server_round))
+        if METHODS[method].in_turn:  # the same for everybody, so one record for all
+            if self._cut is None or self._cut[:2] != (id(arrays), server_round):
+                share = heads_of(self.layout, method, 0, self.config.turn(server_round))
+                packed = pack_state(share.take(unpack_state(arrays)), self.config.federation.wire_dtype)
+                self._cut = id(arrays), server_round, arrays, packed
+            return self._cut[3]
         if share.index is None:
             return arrays
         return pack_state(share.take(unpack_state(arrays)), self.config.federation.wire_dtype)

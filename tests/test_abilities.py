@@ -18,6 +18,8 @@ def test_methods_are_those_of_the_table() -> None:
     assert set(abilities.FOLDING) == {name for name, method in METHODS.items() if method.fold}
     framed = {name for name, method in METHODS.items() if method.start or (method.frames == ("B", "A") and not method.heads)}
     assert abilities.SOURCES.keys() == framed
+    assert set(abilities.IN_TURN) == {name for name, method in METHODS.items() if method.in_turn}
+    assert set(abilities.HEADED) == {name for name, method in METHODS.items() if method.heads}
     layout = Layout((("a.A", (2, 3)), ("a.B", (4, 2))))
     assert set(abilities.RANKED_LORA) == {name for name in METHODS if type(mean_of(name, layout)) is not Mean}
 

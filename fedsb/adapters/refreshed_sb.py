@@ -39,6 +39,7 @@ class RefreshedSbConfig(RavanConfig):
 def turn_of(model: nn.Module, turn: int, adapter: str = "default") -> Iterator[Masks]:
     """While open, only cores 0 … `turn` are used, and on leaving only the last of them has changed.
 
+        from fedsb.adapters.tuner import RefreshedSbConfig      # which teaches PEFT our adapters
         model = get_peft_model(base, RefreshedSbConfig(r=32, heads=5))
         for step, batch in enumerate(batches):
             optimiser.zero_grad()

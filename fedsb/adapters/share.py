@@ -77,6 +77,11 @@ def heads_of(whole: Layout, method: str, first: int, last: int) -> Share:
     return Share(whole, Layout(tuple((name, cut(name, shape)) for name, shape in whole.shapes)), first)
 
 
+def trained_size(whole: Layout, method: str) -> int:
+    """How many numbers of a state learn at a time: all of them, or of heads in turn those of one."""
+    return heads_of(whole, method, 0, 0).layout.size if METHODS[method].in_turn else whole.size
+
+
 def kept_names(layout: Layout, method: Method) -> tuple[str, ...]:
     """The tensors of a state that stay with each client."""
     return tuple(name for name, _ in layout.shapes if _part(name) in method.kept)

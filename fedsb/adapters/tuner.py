@@ -15,6 +15,7 @@ from fedsb.adapters.lora_sb import BASE, LoraSbConfig, LoraSbLinear
 from fedsb.adapters.lora_xs import LoraXsConfig
 from fedsb.adapters.nested_sb import NestedSbConfig
 from fedsb.adapters.ravan import Heads, RavanConfig
+from fedsb.adapters.refreshed_sb import RefreshedSbConfig
 from fedsb.basis.frames import DTYPES, Basis, fingerprint_of
 from fedsb.basis.spectral import check_rank
 from fedsb.errors import AdapterError, BasisError
@@ -25,6 +26,7 @@ __all__ = [
     "LoraXsConfig",
     "NestedSbConfig",
     "RavanConfig",
+    "RefreshedSbConfig",
     "adapted_layers",
     "basis_of",
     "set_basis",

@@ -55,7 +55,7 @@ def evaluate_run(run: Path) -> dict[str, dict[str, dict[str, Any]]]:
     scores: dict[str, dict[str, dict[str, Any]]] = {"base": {}, "global": {}, "personal": {}}
     for index, name in enumerate(config.client_names):
         site = Site(name, index, run / "sites")
-        share, published = session.share(site).take(everything), session.published(site)
+        share, published = session.received(site, last.round + 1).take(everything), session.published(site)
         vectors = {"global": own.whole(session, site, share, last.round + 1)}
         if name in stored:
             mine = adapters.load(run / "adapters", name)

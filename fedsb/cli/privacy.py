@@ -10,8 +10,7 @@ import typer
 from rich.console import Console
 
 from fedsb.adapters.attach import attach, layout_of
-from fedsb.adapters.methods import METHODS
-from fedsb.adapters.share import heads_of, share_of
+from fedsb.adapters.share import share_of, trained_size
 from fedsb.cli.run import table_of
 from fedsb.config import RunConfig
 from fedsb.data.sites import client_data
@@ -45,11 +44,10 @@ def plan(
     layout = layout_of(attach(outline_model(locate(chosen.model.source), chosen.model, _labels(chosen)), chosen))
     if chosen.privacy.unit == "client":  # noise falls on what travels
         layout = share_of(layout, chosen.adapter.method, chosen.adapter.rank).layout
-    if METHODS[chosen.adapter.method].in_turn:  # on what learns
-        layout = heads_of(layout, chosen.adapter.method, 0, 0).layout
-    rows = [_planned(chosen, name, count, layout.size) for name, count in _counts(chosen, records or [])]
+    numbers = trained_size(layout, chosen.adapter.method)
+    rows = [_planned(chosen, name, count, numbers) for name, count in _counts(chosen, records or [])]
     if json_:
-        print(json.dumps({"unit": chosen.privacy.unit, "numbers": layout.size, "clients": rows}))
+        print(json.dumps({"unit": chosen.privacy.unit, "numbers": numbers, "clients": rows}))
         return
     console = Console(width=None if Console().is_terminal else 150)
     console.print(table_of(f"what {chosen.name} will cost, by {chosen.privacy.unit}", [_shown(row) for row in rows]))

@@ -169,7 +169,7 @@ def check_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter], ki
     """Raise PrivacyError unless made-up records have the gradients in one batch that each has alone; once a model and process.
 
     A layer that runs on something else besides the records of a batch gives its gradient to one of them, and no shape tells.
-    Such a coupling can be as small as 0.03 of a gradient, and rounding in bf16 as large as 0.08: so this is computed in fp32, for
+    Such a coupling can be as small as 0.02 of a gradient, and rounding in bf16 as large as 0.08: so this is computed in fp32, for
     which the frozen weights are held in fp32 too for as long as it takes.
     """
     if model in _checked:

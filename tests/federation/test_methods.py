@@ -241,7 +241,7 @@ def test_an_unmodified_peft_reads_the_export(method: str, bert: str, labels: str
     assert METHODS[method].says in card and ("basis fingerprint" in card) == bool(METHODS[method].frames)
 
 
-@pytest.mark.parametrize("method", ["lora-sb", "ravan"])
+@pytest.mark.parametrize("method", ["lora-sb", "ravan", "refreshed-sb"])
 def test_our_peft_type_reads_the_format_of_ours(method: str, llama: str, words: str, tmp_path: Path) -> None:
     run = config(llama, words, method, federation={"rounds": 1})
     federate(run, tmp_path)

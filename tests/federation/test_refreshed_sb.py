@@ -1,5 +1,7 @@
 """Federations that refresh their basis: one core a turn goes up, those so far go down, and nothing else changes."""
 
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -8,13 +10,17 @@ import pytest
 import torch
 from flwr.app import Message
 
+from clients.session import Session
+from fedsb.adapters.attach import layout_of
 from fedsb.adapters.state import HEAD, State
+from fedsb.cli.evaluate import evaluate_run
 from fedsb.config import RunConfig
 from fedsb.errors import ConfigError
 from fedsb.store.tensors import load_tensors
-from strategies.records import ARRAYS, EVALUATE, PERSONALISE, TRAIN, unpack_state
+from strategies.records import ARRAYS, EVALUATE, PERSONALISE, TRAIN, pack_state, unpack_state
+from strategies.shares import Shares
 from tests.federation.tiny import classification, config_of, equal, events, federate, final_state, personal_states, table
-from tests.federation.twisted import twisted
+from tests.federation.twisted import killed, twisted
 
 ROUNDS = {"rounds": 4}
 TWO = {"method": "refreshed-sb", "heads": 2}
@@ -83,13 +89,35 @@ def test_one_core_goes_up_and_those_so_far_come_down(bert: str, labels: str, tmp
     assert set(asked[PERSONALISE]) == set(asked[EVALUATE]) == set(replied[PERSONALISE]) == {2 * one + head}
 
 
+def test_a_run_that_is_not_over_is_scored(llama: str, words: str, tmp_path: Path) -> None:
+    """Its newest state has cores whose turn has not come."""
+    killed(config(llama, words), tmp_path, 1)
+    scores = evaluate_run(tmp_path)
+    assert scores["global"].keys() == {"client-0", "client-1", "client-2"} and scores["global"] != scores["base"]
+
+
+def test_what_goes_out_is_made_once_for_all(llama: str, words: str) -> None:
+    run = config(llama, words)
+    layout = layout_of(Session(run).model)
+    shares, state = Shares(run, layout), pack_state(torch.zeros(layout.size), "fp32")
+    one, other = (shares.sent_to(client, state, 1) for client in ("client-0", "client-1"))
+    assert one is other and one is not shares.sent_to("client-0", state, 3)
+
+
+def test_the_tuner_alone_knows_the_format() -> None:
+    """What the card of an exported adapter says must be imported, in a process that has imported nothing else."""
+    told = "import fedsb.adapters.tuner; from fedsb.adapters.lora_sb import LoraSbConfig; print(*LoraSbConfig.kinds)"
+    kinds = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True).stdout.split()
+    assert {"ravan", "nested-sb", "lora-xs", "refreshed-sb"} <= set(kinds)
+
+
 @pytest.mark.parametrize(
     ("sections", "complaint"),
     [
         ({"adapter": TWO | {"heads": 5}}, "adapter.heads = 5 are trained one after another.*rounds = 4; lower"),
         ({"strategy": {"name": "fedadam"}}, 'trains one head a round, and strategy.name = "fedadam".*fedavg or fedprox'),
         ({"strategy": {"name": "median"}, "federation": ROUNDS | {"weighting": "uniform", "min_clients": 3}}, "one head a round"),
-        ({"privacy": {"secure_sum": True}, "federation": ROUNDS | {"weighting": "uniform"}}, 'or adapter.method = "ravan"'),
+        ({"privacy": {"secure_sum": True}, "federation": ROUNDS | {"weighting": "uniform"}}, "secure_sum .* leave both out"),
         (
             {"privacy": {"unit": "client", "epsilon": 8.0}, "federation": ROUNDS | {"weighting": "uniform"}},
             "are about all of them",

@@ -10,7 +10,7 @@ from flwr.app import Message, RecordDict
 
 from clients.answers import answer
 from clients.session import Session, Site
-from fedsb.abilities import FOLDING, OWN_SETTINGS, RANKED_LORA, ROBUST
+from fedsb.abilities import FOLDING, IN_TURN, OWN_SETTINGS, RANKED_LORA, ROBUST
 from fedsb.adapters.methods import METHODS
 from fedsb.aggregation.optimiser import OPTIMISERS
 from fedsb.config import RunConfig
@@ -39,7 +39,7 @@ KINDS = ("fedprox", "scaffold", "fedbuff", "fedadam", "median")  # one of each w
 PAIRS = [
     *((name, "lora-sb") for name in STRATEGIES),
     *(("fedprox", method) for method in METHODS if method != "lora-sb"),
-    *(("fedyogi", method) for method in METHODS if method not in ("lora-sb", *RANKED_LORA, *FOLDING)),
+    *(("fedyogi", method) for method in METHODS if method not in ("lora-sb", *RANKED_LORA, *FOLDING, *IN_TURN)),
     *((name, "fedsa-lora") for name in ("scaffold", "fedbuff", "median")),  # of whose states a part stays with the clients
     *((name, "lora-ga") for name in ("scaffold", "fedbuff")),  # whose basis adds to the weights
 ]
