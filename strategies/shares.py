@@ -39,7 +39,9 @@ class Shares:
     reach: Reach
     dtype: Literal["fp32", "bf16"]
     turn: int | None = None  # the head that alone comes back; None: all
-    _cut: tuple[int, int, ArrayRecord, ArrayRecord] | None = None  # of heads in turn: which state and round, and what goes out
+    _outgoing: tuple[ArrayRecord, int, ArrayRecord] | None = (
+        None  # of heads in turn: the state, the round, and what goes out of it
+    )
 
     def __init__(self, config: RunConfig, layout: Layout) -> None:
         self.config, self.layout = config, layout
@@ -53,11 +55,11 @@ class Shares:
         """A client's share of the server's state, with which `server_round` begins; the same record if that is all of it."""
         share, method = self.share(client), self.config.adapter.method
         if METHODS[method].in_turn:  # the same for everybody, so one record for all
-            if self._cut is None or self._cut[:2] != (id(arrays), server_round):
+            if self._outgoing is None or self._outgoing[0] is not arrays or self._outgoing[1] != server_round:
                 share = heads_of(self.layout, method, 0, self.config.turn(server_round))
-                packed = pack_state(share.take(unpack_state(arrays)), self.config.federation.wire_dtype)
-                self._cut = id(arrays), server_round, arrays, packed
-            return self._cut[3]
+                part = share.take(unpack_state(arrays))
+                self._outgoing = arrays, server_round, pack_state(part, self.config.federation.wire_dtype)
+            return self._outgoing[2]
         if share.index is None:
             return arrays
         return pack_state(share.take(unpack_state(arrays)), self.config.federation.wire_dtype)

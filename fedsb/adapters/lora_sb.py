@@ -8,7 +8,8 @@ are the same for everybody, the mean of the B·R·A is B·(mean of R)·A. There 
 the update does not depend on one (theorem 5).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedsb.adapters.method import Method, Parts
+from fedsb.adapters.method import Masks, Method, Parts, learning_only
 from fedsb.adapters.peft_type import FEDSB
 from fedsb.basis.frames import Basis
 from fedsb.basis.spectral import random_basis, weights_basis
@@ -247,6 +248,19 @@ class LoraSbLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return "fedsb." + super().__repr__()
+
+
+@contextmanager
+def block_of(layers: Sequence[LoraSbLinear], width: int, masks: Masks) -> Iterator[None]:
+    """While open, only the leading block of that width of each core is used; on leaving, only what `masks` name has changed."""
+    for layer in layers:
+        layer.cut = width
+    try:
+        with learning_only(masks):
+            yield
+    finally:
+        for layer in layers:
+            layer.cut = None
 
 
 def _config(rank: int, alpha: float, told: dict[str, Any]) -> LoraSbConfig:

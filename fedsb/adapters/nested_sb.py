@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedsb.adapters.lora_sb import LORA_SB, LoraSbConfig, LoraSbLinear
-from fedsb.adapters.method import Around, Masks, learning_only
+from fedsb.adapters.lora_sb import LORA_SB, LoraSbConfig, LoraSbLinear, block_of
+from fedsb.adapters.method import Around, Masks
 from fedsb.adapters.state import layers_of
 from fedsb.config import RunConfig
 from fedsb.data.seeds import generator
@@ -43,13 +43,8 @@ def cut_to(model: nn.Module, rank: int | None) -> Iterator[Masks]:
         learns = torch.zeros_like(core, dtype=torch.bool)
         learns[:rank, :rank] = True
         masks.append((core, learns))
-        layer.cut = rank
-    try:
-        with learning_only(masks):
-            yield masks
-    finally:
-        for layer in layers:
-            layer.cut = None
+    with block_of(layers, rank, masks):
+        yield masks
 
 
 def at_rank_of(config: RunConfig, model: nn.Module, client: str) -> Around:

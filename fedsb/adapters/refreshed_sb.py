@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedsb.adapters.lora_sb import LoraSbLinear
-from fedsb.adapters.method import Around, Masks, by_steps, learning_only
+from fedsb.adapters.lora_sb import LoraSbLinear, block_of
+from fedsb.adapters.method import Around, Masks, by_steps
 from fedsb.adapters.ravan import RAVAN, Heads, RavanConfig
 from fedsb.adapters.state import layers_of
 from fedsb.config import RunConfig
@@ -54,19 +54,14 @@ def turn_of(model: nn.Module, turn: int, adapter: str = "default") -> Iterator[M
     if not cores or not all(isinstance(core, Heads) for core in cores):
         raise ValueError(f"the model has no cores in turn with the name {adapter}; make it with RefreshedSbConfig()")
     masks: Masks = []
-    for layer, core in zip(layers, cores, strict=True):
-        count, rank, _ = core.heads.shape
-        if not 0 <= turn < count:
-            raise ValueError(f"turn {turn} is not one of 0 to {count - 1}; choose one of these")
-        place = torch.arange(count, device=core.heads.device)
-        masks += [(core.heads, (place == turn)[:, None, None]), (core.scales, place < 0)]
-        layer.cut = (turn + 1) * rank
-    try:
-        with learning_only(masks):
-            yield masks
-    finally:
-        for layer in layers:
-            layer.cut = None
+    count, rank, _ = cores[0].heads.shape
+    if not 0 <= turn < count:
+        raise ValueError(f"turn {turn} is not one of 0 to {count - 1}; choose one of these")
+    for core in cores:
+        mine = torch.arange(count, device=core.heads.device) == turn
+        masks += [(core.heads, mine[:, None, None]), (core.scales, torch.zeros_like(mine))]  # scales stay 1
+    with block_of(layers, (turn + 1) * rank, masks):
+        yield masks
 
 
 def _around(config: RunConfig, model: nn.Module, client: str) -> Around:
