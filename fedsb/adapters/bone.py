@@ -9,8 +9,7 @@ The update has full rank in general, takes W0 to compute, and is linear in bone:
 their updates, since W0 is the same for everybody.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import gcd
@@ -18,13 +17,14 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from fedsb.adapters.method import Method, Parts
+from fedsb.adapters.own_layer import OwnLinear
+from fedsb.adapters.own_tuner import OwnTuner
 from fedsb.adapters.peft_type import FEDSB_BONE
 from fedsb.errors import AdapterError
 
@@ -86,22 +86,16 @@ class BoneConfig(PeftConfig):
                 setattr(self, name, set(getattr(self, name)))
 
 
-class BoneLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
-    """One adapted linear layer. Bones are fp32 masters, whatever the model computes in."""
+class BoneLinear(OwnLinear):
+    """One adapted linear layer."""
 
     adapter_layer_names = ("fedsb_bone_blocks",)
     other_param_names = ("fedsb_bone_form",)
 
     def __init__(self, base_layer: nn.Linear, adapter_name: str, r: int, form: Form) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        super().__init__(base_layer)
         self.fedsb_bone_blocks = nn.ParameterDict()
         self.fedsb_bone_form: dict[str, Form] = {}
-        self.kept: Tensor | None
-        self.register_buffer("kept", None, persistent=False)  # W0 while adapters are merged
-        self.merged_adapters: list[str] = []
-        self._disable_adapters = False
         self.update_layer(adapter_name, r, form)
 
     def update_layer(self, adapter_name: str, r: int, form: Form) -> None:
@@ -118,45 +112,27 @@ class BoneLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         assert isinstance(bone, nn.Parameter)
         return bone
 
+    def trained(self, adapter: str) -> dict[str, nn.Parameter]:
+        """`bone`, or of the other form `bone_row`."""
+        if adapter not in self.fedsb_bone_blocks:
+            return {}
+        return {"bone" if self.fedsb_bone_form[adapter] == "column" else "bone_row": self.bone(adapter)}
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """W' - W0 (out, in) in the bone's dtype, from the unmerged W0."""
-        weight = self.base_layer.weight if self.kept is None else self.kept
-        return update_of(weight, self.bone(adapter), self.fedsb_bone_form[adapter])
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Make W' the base weight. Raises ValueError, and changes nothing, if `safe_merge` finds NaN or infinity."""
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.fedsb_bone_blocks:
-                continue
-            weight = self.base_layer.weight
-            merged = (weight.data + self.get_delta_weight(name).data).to(weight.dtype)  # summed in the wider dtype
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            self.kept = weight.data if self.kept is None else self.kept
-            weight.data = merged
-            self.merged_adapters.append(name)
-
-    def unmerge(self) -> None:
-        """Put W0 back, bit for bit: it is kept, since W' alone tells it only where I + bone can be inverted."""
-        if self.kept is not None:
-            self.base_layer.weight.data, self.kept = self.kept, None
-            self.merged_adapters.clear()
+        return update_of(self.unmerged, self.bone(adapter), self.fedsb_bone_form[adapter])
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (…, in) → (…, out)."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
+        plain = self.plain(x, *args, **kwargs)
+        if plain is not None:
+            return plain
         y: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return y
         for name in self.active_adapters:
             if name in self.fedsb_bone_blocks:
                 add = _add_row if self.fedsb_bone_form[name] == "row" else _add_column
                 y = y + add(x, self.base_layer.weight, self.bone(name))
         return y
-
-    def __repr__(self) -> str:
-        return "fedsb." + super().__repr__()
 
 
 def _add_row(x: Tensor, weight: Tensor, bone: Tensor) -> Tensor:
@@ -181,56 +157,22 @@ def _add_column(x: Tensor, weight: Tensor, bone: Tensor) -> Tensor:
     return added
 
 
-class BoneModel(BaseTuner):
+class BoneModel(OwnTuner):
     """A transformers model whose target layers are `BoneLinear`."""
 
     prefix = "fedsb_bone_"
     tuner_layer_cls = BoneLinear
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  PEFT's name; target_modules defaults to all-linear
+    called = "Bone"
+    unpacked = True
+    mixes = "each adapter has weights W' of its own"
 
-    def _create_and_replace(  # type: ignore[override]  # PEFT hands in our own configuration
-        self,
-        peft_config: BoneConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **_: Any,
-    ) -> None:
-        if isinstance(target, BoneLinear):
-            target.update_layer(adapter_name, peft_config.r, peft_config.form)
-            return
-        if not isinstance(target, nn.Linear) or not target.weight.is_floating_point():
-            raise AdapterError(
-                f"layer {current_key} is a {type(target).__name__}, and Bone adapts torch.nn.Linear with unpacked weights only; "
-                "leave it out of target_modules"
-            )
-        layer = BoneLinear(target, adapter_name, peft_config.r, peft_config.form)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+    def told(self, config: BoneConfig) -> tuple[int, Form]:
+        """Side of a block, and form."""
+        return config.r, config.form
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's, after which the rank is held against all layers, so that the one named works for all."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config: BoneConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
-        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BoneLinear)}
-        check_blocks(
-            {
-                n: (layer.out_features, layer.in_features)
-                for n, layer in layers.items()
-                if adapter_name in layer.fedsb_bone_blocks
-            },
-            config.r,
-        )
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Refuse `adapter_names`, which PEFT would pass over: every row would go through the active adapter."""
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError("Bone has no adapter_names, since each adapter has weights W' of its own; use set_adapter")
-        yield
+    def check(self, layers: dict[str, Any], config: BoneConfig, adapter_name: str) -> None:
+        """Raise AdapterError unless the rank divides both sides of every layer."""
+        check_blocks({name: (layer.out_features, layer.in_features) for name, layer in layers.items()}, config.r)
 
 
 register_peft_method(name="fedsb_bone", config_cls=BoneConfig, model_cls=BoneModel, prefix="fedsb_bone_")

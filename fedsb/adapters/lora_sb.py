@@ -15,17 +15,17 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsb.adapters.method import Masks, Method, Parts, learning_only
+from fedsb.adapters.own_layer import BASE, OwnLinear
+from fedsb.adapters.own_tuner import check_names
 from fedsb.adapters.peft_type import FEDSB
 from fedsb.basis.frames import Basis
 from fedsb.basis.spectral import random_basis, weights_basis
 from fedsb.errors import AdapterError
-
-BASE = "__base__"  # PEFT's name, in adapter_names, for a row without an adapter
 
 
 @dataclass
@@ -116,7 +116,7 @@ class Frames(nn.Module):
         return torch.equal(self.B, b.to(self.B)) and torch.equal(self.A, a.to(self.A))
 
 
-class LoraSbLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+class LoraSbLinear(OwnLinear):
     """One adapted linear layer. Cores are modules, since Opacus sees only those: `nn.Linear(r, r, bias=False)`, or another with
     such a `weight`, `in_features` and forward pass (`LoraSbConfig.core`)."""
 
@@ -124,14 +124,10 @@ class LoraSbLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     other_param_names = ("fedsb_basis",)
 
     def __init__(self, base_layer: nn.Linear, adapter_name: str, core: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        super().__init__(base_layer)
         self.fedsb_core = nn.ModuleDict()
         self.fedsb_basis = nn.ModuleDict()
         self.cut: int | None = None  # of cores: in the forward pass only their leading block of this size is used
-        self.merged_adapters: list[str] = []
-        self._disable_adapters = False
         self.update_layer(adapter_name, core)
 
     def update_layer(self, adapter_name: str, core: nn.Module) -> None:
@@ -169,6 +165,13 @@ class LoraSbLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """The core of one adapter."""
         return self.fedsb_core[adapter_name]
 
+    def trained(self, adapter: str) -> dict[str, nn.Parameter]:
+        """`core`; of RAVAN `heads` and `scales`."""
+        if adapter not in self.fedsb_core:
+            return {}
+        parameters: dict[str, nn.Parameter] = dict(self.core(adapter).named_parameters())
+        return {"core" if name == "weight" else name: parameter for name, parameter in parameters.items()}
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """B·R·A (out, in) in fp32."""
         frames, core = self.frames(adapter), self.core(adapter)
@@ -195,13 +198,10 @@ class LoraSbLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """x (…, in) → (…, out); with `adapter_names`, row i of a batch goes through adapter_names[i]."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
+        plain = self.plain(x, *args, adapter_names=adapter_names, **kwargs)
+        if plain is not None:
+            return plain
         y: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            if adapter_names is not None and self.merged:
-                raise ValueError("adapter_names cannot be combined with merged adapters; call unmerge_adapter() first")
-            return y
         if adapter_names is not None:
             return self._add_mixed(x, y, adapter_names)
         for name in self.active_adapters:
@@ -226,11 +226,7 @@ class LoraSbLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def _add_mixed(self, x: Tensor, y: Tensor, adapter_names: Sequence[str]) -> Tensor:
         """One batch, a core per row: rows that share a basis go through it together."""
-        if len(adapter_names) != len(x):
-            raise ValueError(
-                f"adapter_names has {len(adapter_names)} names for a batch of {len(x)} rows; give one for each row "
-                "(generate: beams as num_beams=, and num_return_sequences=1)"
-            )
+        check_names(adapter_names, len(x))
         rows_of: dict[int, list[int]] = {}
         for row, name in enumerate(adapter_names):
             if name != BASE and name in self.fedsb_core:
@@ -245,9 +241,6 @@ class LoraSbLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             mixed = torch.bmm(h.to(cores.dtype).flatten(1, -2) if h.ndim > 2 else h.to(cores.dtype).unsqueeze(1), cores.mT)
             y[index] += functional.linear(mixed.view(h.shape).to(dtype), frames.B.to(dtype)).to(y.dtype)
         return y
-
-    def __repr__(self) -> str:
-        return "fedsb." + super().__repr__()
 
 
 @contextmanager

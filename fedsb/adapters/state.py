@@ -17,9 +17,8 @@ from peft.tuners.miss.layer import MissLinear
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from fedsb.adapters.bone import BoneLinear
-from fedsb.adapters.lora_sb import LoraSbLinear
-from fedsb.adapters.ravan import HEADS, SCALES, Heads
+from fedsb.adapters.own_layer import OwnLinear
+from fedsb.adapters.ravan import HEADS, SCALES
 from fedsb.errors import AdapterError
 
 State = dict[str, Tensor]
@@ -32,7 +31,7 @@ def layers_of(model: nn.Module) -> dict[str, Any]:
     return {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
-        if isinstance(module, LoraSbLinear | BoneLinear | LoraLinear | MissLinear)
+        if isinstance(module, OwnLinear | LoraLinear | MissLinear)
     }
 
 
@@ -41,19 +40,13 @@ def parameters_of(model: nn.Module, adapter: str = "default") -> dict[str, nn.Pa
     found: dict[str, nn.Parameter] = {}
     for path, module in model.named_modules():
         path = path.removeprefix("base_model.model.")
-        if isinstance(module, LoraSbLinear) and adapter in module.fedsb_core:
-            core = module.core(adapter)
-            if isinstance(core, Heads):
-                found |= {path + HEADS: core.heads, path + SCALES: core.scales}
-            else:
-                found[path + CORE] = core.weight
+        if isinstance(module, OwnLinear):
+            found |= {f"{path}.{part}": parameter for part, parameter in module.trained(adapter).items()}
         elif isinstance(module, LoraLinear) and adapter in module.lora_A:
             factors: dict[str, Any] = {"A": module.lora_A[adapter].weight, "B": module.lora_B[adapter].weight}
             found |= {f"{path}.{part}": factor for part, factor in factors.items() if factor.requires_grad}
         elif isinstance(module, MissLinear) and adapter in module.miss_block:
             found[path + ".D"] = module.miss_block[adapter]
-        elif isinstance(module, BoneLinear) and adapter in module.fedsb_bone_blocks:
-            found[path + (".bone" if module.fedsb_bone_form[adapter] == "column" else ".bone_row")] = module.bone(adapter)
         elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
             for name, parameter in module.modules_to_save[adapter].named_parameters():
                 found[f"{HEAD}{path}.{name}"] = parameter

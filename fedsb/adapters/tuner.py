@@ -1,24 +1,20 @@
 """The one tuner of this project: it makes `get_peft_model`, `save_pretrained`, `from_pretrained` and `adapter_names=` work."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 
-from fedsb.adapters.lora_sb import BASE, LoraSbConfig, LoraSbLinear
+from fedsb.adapters.lora_sb import LoraSbConfig, LoraSbLinear
 from fedsb.adapters.lora_xs import LoraXsConfig
 from fedsb.adapters.nested_sb import NestedSbConfig
+from fedsb.adapters.own_tuner import OwnTuner
 from fedsb.adapters.ravan import Heads, RavanConfig
 from fedsb.adapters.refreshed_sb import RefreshedSbConfig
 from fedsb.basis.frames import DTYPES, Basis, fingerprint_of
 from fedsb.basis.spectral import check_rank
-from fedsb.errors import AdapterError, BasisError
+from fedsb.errors import BasisError
 
 __all__ = [
     "LoraSbConfig",
@@ -84,80 +80,26 @@ def _start(core: nn.Linear | Heads, r0: Tensor | None) -> None:
         core.weight.copy_(r0)
 
 
-class LoraSbModel(BaseTuner):
+class LoraSbModel(OwnTuner):
     """A transformers model whose target layers are `LoraSbLinear`, for LoRA-SB and RAVAN."""
 
     prefix = "fedsb_"
     tuner_layer_cls = LoraSbLinear
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  PEFT's name; target_modules defaults to all-linear
 
-    def _create_and_replace(  # type: ignore[override]  # PEFT hands in our own configuration
-        self,
-        peft_config: LoraSbConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **_: Any,
-    ) -> None:
-        if isinstance(target, LoraSbLinear):
-            target.update_layer(adapter_name, peft_config.core())
-            return
-        if not isinstance(target, nn.Linear):
-            raise AdapterError(
-                f"layer {current_key} is a {type(target).__name__}, and {peft_config.method} adapts torch.nn.Linear only; "
-                "leave it out of target_modules"
-            )
-        layer = LoraSbLinear(target, adapter_name, peft_config.core())
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+    called = "LoRA-SB"
 
-    def _post_injection_hook(  # type: ignore[override]
-        self, model: nn.Module, config: LoraSbConfig, adapter_name: str
-    ) -> None:
-        """Check the rank against all layers, so that the smallest is named, and build the basis that is asked for.
+    def told(self, config: LoraSbConfig) -> tuple[nn.Module]:
+        """A new core."""
+        return (config.core(),)
+
+    def check(self, layers: dict[str, Any], config: LoraSbConfig, adapter_name: str) -> None:
+        """Hold the rank against all layers, so that the smallest is named, and build the basis that is asked for.
 
         On loading, `_remap_adapter_state_dict_for_load` has the last word on the basis.
         """
-        layers = {name: layer for name, layer in adapted_layers(model).items() if adapter_name in layer.fedsb_core}
         check_rank({name: (layer.out_features, layer.in_features) for name, layer in layers.items()}, config.r)
-        loading = config.basis_fingerprint is not None
-        if config.basis == "later" or loading:
-            return
-        _build(model, config, adapter_name)
-
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's; a further adapter gets its basis here, since PEFT calls the hook only for the first."""
-        first = not hasattr(self.model, "peft_config")
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if not first:
-            self._post_injection_hook(model, self.peft_config[adapter_name], adapter_name)  # type: ignore[arg-type]
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names` to every adapted layer and trained head for the time of one forward pass or `generate`."""
-        names: Sequence[str] | None = kwargs.get("adapter_names")
-        if names is None:
-            yield
-            return
-        if self.training:
-            raise ValueError("adapter_names works in evaluation mode only; call model.eval() first")
-        unknown = sorted(set(names) - set(self.peft_config) - {BASE})
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        names = [name for name in names for _ in range(kwargs.get("num_beams") or 1)]
-        handles = [
-            module.register_forward_pre_hook(partial(_with_adapter_names, names), with_kwargs=True)
-            for module in self.modules()
-            if isinstance(module, LoraSbLinear | AuxiliaryTrainingWrapper)
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        if config.basis != "later" and config.basis_fingerprint is None:  # else it comes later, or from a file
+            _build(self.model, config, adapter_name)
 
     @classmethod
     def _get_adapter_state_dict(  # type: ignore[override]
@@ -201,10 +143,6 @@ class LoraSbModel(BaseTuner):
         rest = {key: t for key, t in state_dict.items() if not key.endswith((".fedsb_B", ".fedsb_A"))}
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
         return remapped
-
-
-def _with_adapter_names(names: Sequence[str], module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    return args, {**kwargs, "adapter_names": names}
 
 
 def _build(model: nn.Module, config: LoraSbConfig, adapter: str) -> None:
