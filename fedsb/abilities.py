@@ -20,6 +20,8 @@ Method = Literal[
     "miss",
     "bone",
     "bone-row",
+    "flora",
+    "flora-ones",
 ]
 
 HEADS = 4  # of RAVAN, as in its paper's tables
@@ -42,6 +44,7 @@ SCALED = (  # methods that multiply an update by alpha / rank
     "lora-xs",
     "lora-ga",
     "dylora",
+    "flora",
     *FOLDING,
     *RANKED_LORA,
 )

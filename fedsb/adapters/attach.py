@@ -20,6 +20,7 @@ from fedsb.config import RunConfig
 from fedsb.errors import AdapterError, BasisError
 from fedsb.sections import ModelSection
 
+DRAWS = {"A": start_of_a} | {part: draw for method in METHODS.values() for part, draw in method.draws.items()}
 HEAD_SPREAD = 0.02  # standard deviation of a new head's weights, as transformers initialises them
 STANDARDISED_SPREAD = 1e-3  # of one on standardised features, which are long: so that its first logits are next to nothing
 
@@ -159,14 +160,14 @@ def restarted(layout: Layout, seed: int, server_round: int, state: Mapping[str, 
 
 
 def initial_state(layout: Layout, seed: int, *role: str) -> State:
-    """The base model as a state, from which everybody starts: cores, B and D zero, A and the head's weights from the seed."""
+    """The base model as a state, from which everybody starts: zero, but `DRAWS` and the head's weights, from the seed."""
     state = {}
     linear = linear_head(name for name, _ in layout.shapes)
     for name, shape in layout.shapes:
         if name.startswith(HEAD) and len(shape) > 1:
             state[name] = torch.randn(shape, generator=seeded(seed, name)) * (STANDARDISED_SPREAD if linear else HEAD_SPREAD)
-        elif name.endswith(".A") and not name.startswith(HEAD):
-            state[name] = start_of_a(shape, seeded(seed, name, *role))
+        elif (draw := DRAWS.get(name.rpartition(".")[2])) and not name.startswith(HEAD):
+            state[name] = draw(shape, seeded(seed, name, *role))
         else:
             state[name] = torch.zeros(shape)
     return state

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ class Method:
             `out/r`, `in/r` (numbers of blocks).
         frames: which of B and A are frozen and shared by all; they are the basis.
         chain: (parts, B, A, α / r) → matrices whose product, from left to right, is the update of the weight (out, in). None
-            where the update takes W0; then it is linear in the parts, and `dense` says it.
+            where the update is linear in the parts and takes W0; then `dense` says it.
+        multiplies: whether it is W0 times that product, entry by entry.
         exact: whether the mean of the parts is the mean of the updates, whatever the clients send.
         says: one sentence for the card of an exported adapter.
         fold: (clients' parts, their shares of the mean, the mean of the parts, scale) → U (out, k), V (k, in) of a layer: what is
@@ -73,6 +75,7 @@ class Method:
         around: (run, model, client) → what is open around each of the client's steps; None: nothing.
         kept: parts (and `head`) that stay with each client and never travel in training (`fedsb.adapters.share`).
         nested: whether its adapters may be cut to a lower rank: leading columns of B, block of the core, rows of A.
+        draws: parts that do not start as zero → (shape, generator) → the part (`A`, which several have, is drawn as LoRA's).
         reach: (how far AdamW's steps can move a trained number, the state that was sent) → how far they can move the state.
     """
 
@@ -95,12 +98,27 @@ class Method:
     around: Callable[[RunConfig, nn.Module, str], Around] | None = None
     kept: tuple[str, ...] = ()
     nested: bool = False
+    multiplies: bool = False
+    draws: Mapping[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = field(default_factory=dict)
     reach: Callable[[float, Tensor], Tensor] = by_steps
 
     @property
     def folds(self) -> bool:
         """Whether something is added to W0: once at the start, or after each round."""
         return self.fold is not None or self.start is not None
+
+    @property
+    def takes_weights(self) -> bool:
+        """Whether an update cannot be told without W0, and so is no short product."""
+        return self.dense is not None or self.multiplies
+
+    def update(self, parts: Parts, b: Tensor | None, a: Tensor | None, scale: float, weight: Tensor) -> Tensor:
+        """The update of a weight W0 (out, in), in the dtype of the parts; folds apart."""
+        if self.dense is not None:
+            return self.dense(parts, weight)
+        assert self.chain is not None
+        product = reduce(torch.matmul, self.chain(parts, b, a, scale))
+        return weight.to(product.dtype) * product if self.multiplies else product
 
     def cut(self, part: str, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
         """The shape of a part's leading block at a rank; a head's parameter stays as it is."""

@@ -5,6 +5,7 @@ from fedsb.adapters.dylora import DYLORA
 from fedsb.adapters.fedex_lora import FEDEX_LORA
 from fedsb.adapters.fedsa_lora import FEDSA_LORA
 from fedsb.adapters.ffa_lora import FFA_LORA
+from fedsb.adapters.flora import FLORA, FLORA_ONES
 from fedsb.adapters.flora_stacking import FLORA_STACKING
 from fedsb.adapters.lora import LORA
 from fedsb.adapters.lora_ga import LORA_GA
@@ -35,4 +36,6 @@ METHODS: dict[str, Method] = {
     "fedsa-lora": FEDSA_LORA,
     "hetlora": HETLORA,
     "flexlora": FLEXLORA,
+    "flora": FLORA,
+    "flora-ones": FLORA_ONES,
 }

@@ -21,3 +21,4 @@ def _extend_peft_types(name: str) -> PeftType:
 
 FEDSB = _extend_peft_types("FEDSB")  # LoRA-SB
 FEDSB_BONE = _extend_peft_types("FEDSB_BONE")
+FEDSB_FLORA = _extend_peft_types("FEDSB_FLORA")

@@ -16,7 +16,8 @@ class AggregationError:
 
     For a Gaussian probe v, E‖M·v‖² = ‖M‖_F², so each client's update is applied to the same few probes instead of being
     formed (out x in numbers a layer). A frozen A is applied to the probes once. Memory: PROBES columns a layer, and a frozen B.
-    An update that takes W0 (`Method.dense`) is linear in its parts, and the error is measured on these themselves. All in fp64.
+    An update without a chain is linear in its parts, and the error is measured on these themselves; of one that W0 is multiplied
+    with (`Method.multiplies`), it is measured on that factor. All in fp64.
 
     Args:
         method: says what an update is (`Method.chain`).

@@ -14,7 +14,7 @@ from fedsb.models import Source, device_of, load_model, load_tokenizer, locate, 
 from fedsb.store import adapters
 from fedsb.store.adapters import StoredAdapter
 from fedsb.store.basis_files import load_basis
-from fedsb.store.export import MANIFEST_FILE, export_core, export_lora
+from fedsb.store.export import MANIFEST_FILE, export_core, export_hira, export_lora
 from fedsb.store.files import read_json
 from server.run_folder import load_run
 
@@ -24,6 +24,7 @@ class Format(str, Enum):
 
     lora = "lora"
     core = "core"
+    hira = "hira"
 
 
 def export(
@@ -33,25 +34,30 @@ def export(
     all_: Annotated[bool, typer.Option("--all", help="export every client's adapter")] = False,
     format_: Annotated[
         Format,
-        typer.Option("--format", help="lora: plain LoRA for PEFT and vLLM; core: ours, small matrices with their basis"),
+        typer.Option(
+            "--format",
+            help="lora: plain LoRA for PEFT and vLLM; core: ours, small matrices with their basis; hira: flora exactly, for PEFT",
+        ),
     ] = Format.lora,
     rank: Annotated[
         int | None,
         typer.Option(
             min=1,
             help="rank of the plain LoRA: a smaller one, where adapters may be cut (docs/methods.md), or that to which updates "
-            "are truncated that are no LoRA (bone; twice their own by default)",
+            "are truncated that are no LoRA (bone, flora; twice their own by default)",
         ),
     ] = None,
 ) -> None:
-    """Write personal adapters of a run as folders: plain LoRA for PEFT and vLLM, or our own format."""
+    """Write personal adapters of a run as folders: plain LoRA for PEFT and vLLM, our own format, or HiRA."""
     if (client is None) == (not all_):
         raise StoreError("name one client with --client NAME, or all of them with --all")
+    if rank is not None and format_ is Format.hira:
+        raise StoreError("--rank cuts a LoRA or our own format, and --format hira has all there is; leave one of the two out")
     config, store = load_run(run), run / "adapters"
     names = adapters.clients(store) if all_ else [str(client)]
     if not names:
         raise StoreError(f"{store} holds no adapters yet; let the run finish first")
-    headed, whole = config.model.kind == "classification", METHODS[config.adapter.method].chain is None
+    headed, whole = config.model.kind == "classification", METHODS[config.adapter.method].takes_weights
     source, labels = locate(config.model.source), 1 if headed else None
     needed = whole or headed
     model = load_model(source, config.model, labels, device_of("cpu")) if needed else outline_model(source, config.model, labels)
@@ -66,6 +72,8 @@ def export(
             stored = stored.plain(features)
         if format_ is Format.core:
             folder = export_core(stored, basis, out / name, modules=modules, rank=rank)
+        elif format_ is Format.hira:
+            folder = export_hira(stored, basis, out / name, modules=modules)
         else:
             weights = _weights(model, stored) if whole else None
             folder = export_lora(stored, basis, out / name, modules=modules, weights=weights, rank=rank)

@@ -2,8 +2,8 @@
 
 Both hold `adapter_config.json`, `adapter_model.safetensors`, `README.md` and `manifest.json`, and replace an older
 export whole. The plain LoRA of LoRA-SB puts everything trained on the B side (lora_B = B R, lora_A = A), so that A is the
-same for all clients of a run. Scales are in lora_B. Bone's updates are no products: they are truncated, and what is lost is
-said.
+same for all clients of a run. Scales are in lora_B. Updates that take W0 (Bone's, FLoRA's) are no short products: they are
+truncated, and what is lost is said. FLoRA's are also a HiRA, which loses nothing.
 """
 
 import functools
@@ -35,6 +35,7 @@ PREFIX = "base_model.model."
 STACKED = re.compile(r"(.*?)\.(\d+)\.(.+)")  # model.layers . 0 . self_attn.q_proj
 HEADS = ("classifier", "score")  # the heads that PEFT and vLLM know by name
 TUNER = "fedsb.adapters.tuner"  # importing it registers peft_type FEDSB
+PLAIN = ("LORA", "HIRA")  # what an unmodified PEFT reads
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank in vLLM 0.32
 
 
@@ -53,7 +54,7 @@ def export_lora(
     fits the original model: its rank is then r and those of the folds together, and at most the smaller side of the layer. Layers
     of a smaller rank are filled up with zeros. Stored in `dtype`.
 
-    `modules`: see `target_modules`. `rank`: cut to it, where the method can be (`StoredAdapter.cut`). A method without a chain
+    `modules`: see `target_modules`. `rank`: cut to it, where the method can be (`StoredAdapter.cut`). A method that takes W0
     needs `weights` (layer → W0) and is truncated to `rank` (`truncated`); manifest and card say what is lost. Raises BasisError
     (not the adapter's basis or weights), StoreError (`out` is something else, there is no such rank, or the head is not plain)
     and DiskError; then whatever was at `out` is as before.
@@ -62,12 +63,13 @@ def export_lora(
     method, scale = METHODS[stored.manifest.method], stored.manifest.scale
     loras: dict[str, tuple[Tensor, Tensor]] = {}
     lost: float | None = None
-    if method.chain is None:
+    if method.takes_weights:
         loras, lost = truncated(stored, weights or {}, rank, dtype)
     else:
         for layer, parts in stored.layers.items():
             wide = {part: tensor.double() for part, tensor in parts.items()}
             b, a = (side[layer].double() if layer in side else None for side in (basis.B, basis.A))
+            assert method.chain is not None
             *before, last = method.chain(wide, b, a, scale)
             folds = [fold[layer] for fold in basis.folds if layer in fold]
             loras[layer] = beside([(functools.reduce(torch.matmul, before), last), *folds])
@@ -80,6 +82,26 @@ def export_lora(
     return _write(out, stored, lora_config(stored, modules, most), tensors | _head(stored), lost)
 
 
+def export_hira(
+    stored: StoredAdapter, basis: Basis, out: Path, dtype: torch.dtype = torch.float32, modules: Collection[str] = ()
+) -> Path:
+    """Write a HiRA that an unmodified PEFT reads, W0∘(1 + B·A): as hira_A (r, in) the last matrix of the method's chain, as
+    hira_B (out, r) the product of those before it. Nothing is lost. Raises as `export_lora`, and StoreError for a method that
+    adds to W0 instead of multiplying it."""
+    stored, basis = _fitted(stored, basis, None)
+    method, scale = METHODS[stored.manifest.method], stored.manifest.scale
+    if not method.multiplies or method.chain is None:
+        raise StoreError(f"{stored.manifest.method} multiplies no weights, and so is no HiRA; use --format lora")
+    tensors: dict[str, Tensor] = {}
+    for layer, parts in stored.layers.items():
+        *before, last = method.chain({part: tensor.double() for part, tensor in parts.items()}, None, None, scale)
+        tensors[f"{PREFIX}{layer}.hira_A"] = last.to(dtype)
+        tensors[f"{PREFIX}{layer}.hira_B"] = functools.reduce(torch.matmul, before).to(dtype)
+    rank = next(tensor.shape[0] for name, tensor in tensors.items() if name.endswith("hira_A"))
+    config = _common(stored, modules) | {"peft_type": "HIRA", "r": rank, "hira_dropout": 0.0, "fan_in_fan_out": False}
+    return _write(out, stored, config, tensors | _head(stored))
+
+
 def export_core(stored: StoredAdapter, basis: Basis, out: Path, modules: Collection[str] = (), rank: int | None = None) -> Path:
     """Write our own format: core (r, r) fp32, or RAVAN's heads; A (r, in) and B (out, r) in the basis' dtype.
 
@@ -88,7 +110,8 @@ def export_core(stored: StoredAdapter, basis: Basis, out: Path, modules: Collect
     stored, basis = _fitted(stored, basis, rank)
     native = METHODS[stored.manifest.method].native
     if native is None:
-        raise StoreError(f"{stored.manifest.method} has no cores, and so no format of ours; use --format lora")
+        other = "hira" if METHODS[stored.manifest.method].multiplies else "lora"
+        raise StoreError(f"{stored.manifest.method} has no cores, and so no format of ours; use --format {other}")
     tensors: dict[str, Tensor] = {}
     for layer, parts in stored.layers.items():
         tensors |= {f"{PREFIX}{layer}.fedsb_core.{name}": tensor for name, tensor in native(parts).items()}
@@ -199,7 +222,7 @@ def _fitted(stored: StoredAdapter, basis: Basis, rank: int | None) -> tuple[Stor
             "knows; export StoredAdapter.plain(features), with those of its base model"
         )
     method = METHODS[stored.manifest.method]
-    stored = stored if rank is None or method.chain is None else stored.cut(rank)
+    stored = stored if rank is None or method.takes_weights else stored.cut(rank)
     basis = basis.cut(stored.manifest.rank) if method.nested else basis
     if method.frames and (stored.layers.keys() != basis.A.keys() or _widths(stored) != {basis.rank}):
         raise BasisError(
@@ -244,7 +267,8 @@ def _card(stored: StoredAdapter, config: Mapping[str, Any], lost: float | None) 
     method = METHODS[manifest.method]
     basis = f"| basis fingerprint | `{manifest.basis_fingerprint}` |\n" if method.frames else ""
     cut = "" if lost is None else f"| truncated | to rank {config['r']}: {lost:.2%} of the update's norm is lost |\n"
-    whole = "" if config["r"] == manifest.rank else f", here as a LoRA of rank {config['r']}"
+    kind = {"LORA": "a LoRA", "HIRA": "a HiRA"}.get(config["peft_type"], "ours")
+    whole = "" if config["r"] == manifest.rank else f", here as {kind} of rank {config['r']}"
     privacy = "none" if manifest.epsilon is None else f"ε = {manifest.epsilon:g} spent by this client"
     return f"""---
 base_model: {json.dumps(manifest.base_model.name)}
@@ -273,7 +297,7 @@ this client went on from the last average on its own data. The files' SHA-256 ar
 
 def _how_to_load(stored: StoredAdapter, config: Mapping[str, Any]) -> str:
     kind = "SequenceClassification" if config["task_type"] == "SEQ_CLS" else "CausalLM"
-    own = f"import {TUNER}  # teaches PEFT this format\n" if config["peft_type"] != "LORA" else ""
+    own = f"import {TUNER}  # teaches PEFT this format\n" if config["peft_type"] not in PLAIN else ""
     base = stored.manifest.base_model.name
     text = f"""## Loading it with PEFT
 
@@ -286,7 +310,7 @@ model = PeftModel.from_pretrained(base, "THIS_FOLDER")
 ```
 """
     limit = next((rank for rank in VLLM_RANKS if rank >= config["r"]), None)
-    if own or limit is None or config["task_type"] != "CAUSAL_LM":
+    if config["peft_type"] != "LORA" or limit is None or config["task_type"] != "CAUSAL_LM":
         return text
     name = stored.manifest.client
     return f"""{text}

@@ -21,14 +21,13 @@ def truncated(
     again are for the first, whose rank is full. Where a side of a layer is smaller than k, the rest of its LoRA is zero.
 
     Args:
-        stored: an adapter of a method with `Method.dense`.
+        stored: an adapter of a method that `takes_weights`.
         weights: layer → W0 (out, in), those that the adapter was trained on.
         rank: k; at the most the smaller side of the largest layer, where nothing is lost.
 
     Raises BasisError without a layer's weights, AdapterError with those of another shape, StoreError for a rank that cannot be.
     """
     method = METHODS[stored.manifest.method]
-    assert method.dense is not None
     lacking = next((layer for layer in stored.layers if layer not in weights), None)
     if lacking is not None:
         raise BasisError(f"layer {lacking} is not in the base model; export with the model that the adapter was trained on")
@@ -38,7 +37,8 @@ def truncated(
         raise StoreError(f"--rank {k}: an update of this model has at most rank {most}; take 1 to {most}")
     found, lost, whole = {}, 0.0, 0.0
     for layer, parts in stored.layers.items():
-        update = method.dense({part: tensor.double() for part, tensor in parts.items()}, weights[layer].detach())
+        wide = {part: tensor.double() for part, tensor in parts.items()}
+        update = method.update(wide, None, None, stored.manifest.scale, weights[layer].detach())
         b, s, a = leading_frames(update, min(k, *update.shape), seeded(0, "export", layer))
         lora_b, lora_a = update.new_zeros(update.shape[0], k), update.new_zeros(k, update.shape[1])
         lora_b[:, : len(s)], lora_a[: len(s)] = b * s, a

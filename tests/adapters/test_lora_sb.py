@@ -16,7 +16,11 @@ from tests.adapters.samples import RANK, adapted, also, bert, gpt2, llama, snaps
 from tests.reference import adapted_linear, with_updates
 
 CORES = ("lora-sb", "nested-sb", "lora-xs", "ravan", "refreshed-sb")
-OURS = dict.fromkeys(CORES, "FEDSB") | dict.fromkeys(("bone", "bone-row"), "FEDSB_BONE")
+OURS = (
+    dict.fromkeys(CORES, "FEDSB")
+    | dict.fromkeys(("bone", "bone-row"), "FEDSB_BONE")
+    | dict.fromkeys(("flora", "flora-ones"), "FEDSB_FLORA")
+)
 TYPES = {name: "LORA" for name in METHODS} | OURS | {"miss": "MISS"}
 FP32, BF16 = torch.float32, torch.bfloat16
 

@@ -1,5 +1,8 @@
 """Whole federations with each method: what travels, how exact the mean is, one client alone, export, privacy, refusals."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from fedsb.models import device_of, load_model, load_tokenizer, locate
 from fedsb.privacy.accounting import epsilon
 from fedsb.store import adapters
 from fedsb.store.basis_files import first_basis, load_basis
-from fedsb.store.export import export_core, export_lora
+from fedsb.store.export import export_core, export_hira, export_lora
 from fedsb.store.files import read_json
 from fedsb.store.ledger import NAME, Ledger
 from fedsb.training.loop import round_plan
@@ -151,8 +154,7 @@ def test_the_chain_is_the_update_that_the_layer_adds(method: str, llama: str, wo
     for layer, update in found.items():
         parts = {part: state[f"{layer}.{part}"].double() for part in METHODS[method].parts}
         b, a = (side[layer].double() if layer in side else None for side in (basis.B, basis.A))
-        chain, of = METHODS[method].chain, METHODS[method].dense
-        product = torch.linalg.multi_dot(chain(parts, b, a, scale_of(run))) if chain else of and of(parts, weights_of(run)[layer])
+        product = METHODS[method].update(parts, b, a, scale_of(run), weights_of(run)[layer])
         torch.testing.assert_close(product + folded.get(layer, 0), update, rtol=1e-4, atol=1e-5)
 
 
@@ -225,7 +227,7 @@ def test_an_unmodified_peft_reads_the_export(method: str, bert: str, labels: str
     run = config_of(classification(bert, labels, adapter={"method": method, **alpha}, **basis_for(method, labels)))
     federate(run, tmp_path)
     stored = adapters.load(tmp_path / "adapters", "client-1")
-    whole: dict[str, Any] = {} if METHODS[method].chain else {"weights": weights_of(run), "rank": 32}
+    whole: dict[str, Any] = {"weights": weights_of(run), "rank": 32} if METHODS[method].takes_weights else {}
     source = locate(run.model.source)
     features = features_of(load_model(source, run.model, 3, device_of("cpu")), load_tokenizer(source))
     assert features is not None and features.mean.norm() > 0.1
@@ -239,6 +241,46 @@ def test_an_unmodified_peft_reads_the_export(method: str, bert: str, labels: str
     assert not any("fedsb" in name for name in load_file(folder / "adapter_model.safetensors"))
     card = (folder / "README.md").read_text()
     assert METHODS[method].says in card and ("basis fingerprint" in card) == bool(METHODS[method].frames)
+
+
+@pytest.mark.parametrize("method", ["flora", "flora-ones"])
+def test_an_unmodified_peft_reads_what_multiplies_as_hira(method: str, bert: str, labels: str, tmp_path: Path) -> None:
+    alpha = {"alpha": 8.0} if method in SCALED else {}
+    run = config_of(classification(bert, labels, adapter={"method": method, **alpha}))
+    federate(run, tmp_path)
+    stored = adapters.load(tmp_path / "adapters", "client-1")
+    basis = load_basis(tmp_path, stored.manifest.basis_fingerprint)
+    source = locate(run.model.source)
+    features = features_of(load_model(source, run.model, 3, device_of("cpu")), load_tokenizer(source))
+    assert features is not None
+    folder = export_hira(stored.plain(features), basis, tmp_path / "out")
+    told = [sys.executable, "-c", LOAD_WITHOUT_US, str(folder), bert]
+    done = subprocess.run(told, capture_output=True, text=True, check=True)
+    ours = opened(run, stored.state).model(input_ids=TOKENS).logits
+    torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), ours, rtol=1e-4, atol=1e-5)
+    assert ("here as a HiRA of rank 5" in (folder / "README.md").read_text()) == (method == "flora-ones")
+
+
+LOAD_WITHOUT_US = f"""
+import json, sys
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+base = AutoModelForSequenceClassification.from_pretrained(sys.argv[2], num_labels=3)
+model = PeftModel.from_pretrained(base, sys.argv[1]).eval()
+assert not any(name.startswith("fedsb") for name in sys.modules)
+print(json.dumps(model(input_ids=torch.tensor({TOKENS.tolist()})).logits.tolist()))
+"""
+
+
+@pytest.mark.parametrize("method", ["lora-sb", "bone"])
+def test_what_adds_to_weights_is_no_hira(method: str, llama: str, words: str, tmp_path: Path) -> None:
+    run = config(llama, words, method, federation={"rounds": 1})
+    federate(run, tmp_path)
+    stored = adapters.load(tmp_path / "adapters", "client-0")
+    with pytest.raises(StoreError, match=f"{method} multiplies no weights, and so is no HiRA; use --format lora"):
+        export_hira(stored, load_basis(tmp_path, stored.manifest.basis_fingerprint), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("method", ["lora-sb", "ravan", "refreshed-sb"])
@@ -257,7 +299,8 @@ def test_no_format_of_ours_without_cores(method: str, llama: str, words: str, tm
     run = config(llama, words, method, federation={"rounds": 1})
     federate(run, tmp_path)
     stored = adapters.load(tmp_path / "adapters", "client-0")
-    with pytest.raises(StoreError, match=f"{method} has no cores, .* --format lora"):
+    other = "hira" if METHODS[method].multiplies else "lora"
+    with pytest.raises(StoreError, match=f"{method} has no cores, .* --format {other}"):
         export_core(stored, load_basis(tmp_path, stored.manifest.basis_fingerprint), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -285,7 +328,7 @@ def test_half_as_much_travels_with_a_frozen_and_shared_a(llama: str, words: str,
     assert not any(torch.equal(one[name], other[name]) for name in one), "A follows from the seed"
 
 
-@pytest.mark.parametrize("method", ["lora", "ffa-lora", "ravan"])
+@pytest.mark.parametrize("method", ["lora", "ffa-lora", "ravan", "flora"])
 def test_private_by_record_and_by_client_and_under_a_secure_sum(method: str, bert: str, labels: str, tmp_path: Path) -> None:
     units = [unit for unit, refused in (("record", NO_RECORDS), ("client", FOLDING)) if method not in refused]
     for unit in units:
