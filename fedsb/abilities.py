@@ -22,9 +22,11 @@ Method = Literal[
     "bone-row",
     "flora",
     "flora-ones",
+    "nola",
 ]
 
 HEADS = 4  # of RAVAN, as in its paper's tables
+BASES = 128  # random matrices of NOLA on each side, as its paper has for a model of 7B
 IN_TURN = ("refreshed-sb",)  # methods whose heads are trained one after another
 HEADED = ("ravan", *IN_TURN)  # methods with `adapter.heads`
 RANKED_LORA = ("hetlora", "flexlora")  # methods whose mean needs each client's own factors
@@ -45,10 +47,11 @@ SCALED = (  # methods that multiply an update by alpha / rank
     "lora-ga",
     "dylora",
     "flora",
+    "nola",
     *FOLDING,
     *RANKED_LORA,
 )
-NO_RECORDS = ("miss", "bone", "bone-row")  # methods whose trained numbers are in no module that Opacus knows
+NO_RECORDS = ("miss", "bone", "bone-row", "nola")  # methods whose trained numbers are in no module that Opacus knows
 ROBUST = ("trimmed-mean", "median", "krum", "multi-krum")  # strategies that look at single states
 MEANS = ("fedavg", "fedprox")  # strategies whose server takes a round's mean as it is
 WHOLE = (*ROBUST, "scaffold", "fedbuff")  # strategies that count every number of a state alike

@@ -12,7 +12,7 @@ from typing import Any
 
 import tomli_w
 
-from fedsb.abilities import HEADED, HEADS, IN_TURN
+from fedsb.abilities import BASES, HEADED, HEADS, IN_TURN
 from fedsb.errors import ConfigError
 from fedsb.settings import Settings
 from fedsb.validation import set_key, validated
@@ -37,6 +37,11 @@ class RunConfig(Settings):
         if self.adapter.method not in HEADED:
             return 1
         return self.adapter.heads or (min(HEADS, self.federation.rounds) if self.adapter.method in IN_TURN else HEADS)
+
+    @property
+    def base_count(self) -> int:
+        """How many random matrices each factor of NOLA is made of."""
+        return self.adapter.bases or BASES
 
     def turn(self, server_round: int) -> int:
         """Which head, from 0, is trained in a round, from 1, by a method that has them in turn; after the last round the last."""

@@ -8,8 +8,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fedsb.abilities import HEADS, Method
-
 PositiveInt = Annotated[int, Field(gt=0)]
 NaturalInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -86,47 +84,6 @@ class DataSection(Section):
     system_prompt: str | None = Field(None, description="system message put before each prompt of a chat model")
 
 
-class AdapterSection(Section):
-    """`[adapter]`: what is trained."""
-
-    method: Method = Field("lora-sb", description="the way of adapting, a row of docs/methods.md")
-    rank: PositiveInt = Field(
-        64,
-        description="r: a core or a head has r x r numbers, LoRA's factors r x in and out x r; Bone's blocks are r x r, so r "
-        "must divide both sides of every layer",
-    )
-    ranks: dict[SiteName, PositiveInt] = Field(
-        default_factory=dict,
-        description="clients of a lower rank than `rank`, as a table: `ranks = {client-0 = 8}` (only for methods "
-        "whose clients may have different ranks; docs/methods.md)",
-    )
-    nested: bool = Field(
-        False,
-        description="true: each training step uses leading blocks of a rank drawn from 1 to the client's, so that a trained core "
-        "works when it is cut (only `nested-sb`)",
-    )
-    heads: PositiveInt | None = Field(
-        None,
-        description=f"heads of a layer, each of rank r (only `ravan`, and `refreshed-sb`: at most one a round; default {HEADS})",
-    )
-    smallest_rank: PositiveInt = Field(1, description="the smallest rank that is drawn (only `dylora`)")
-    draw: Literal["step", "round"] = Field(
-        "step",
-        description="a rank drawn by each client for each step, or one for all in a round, as privacy needs it (only `dylora`)",
-    )
-    frozen: bool = Field(
-        False, description="train only the last row and column of the rank that is drawn, not all up to it (only `dylora`)"
-    )
-    alpha: PositiveFloat | None = Field(
-        None,
-        description="LoRA's α: updates are scaled by α / rank (`lora-ga`: α / √rank); by default the rank (not for methods "
-        "without a scale)",
-    )
-    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
-        "all-linear", description="names of the linear layers to adapt; all of them except the output head"
-    )
-
-
 class BasisSection(Section):
     """`[basis]`: the frozen B and A that all clients share."""
 
@@ -160,7 +117,7 @@ class TrainSection(Section):
         "auto",
         description="AdamW's learning rate; `auto`: 0.64 / rank, with a `public` or `sketch` basis 0.32 / rank "
         "(as for rank 16 below it); of `ffa-lora` and `lora-xs` 4e-3, of `lora-ga` 1e-4, of the other LoRAs 2e-3, of `miss`, "
-        "`bone` and `bone-row` 4e-4, of `ravan` 0.64 / (rank √heads)",
+        "`bone` and `bone-row` 4e-4, of `flora` and `flora-ones` 5e-3, of `nola` 1e-2, of `ravan` 0.64 / (rank √heads)",
     )
     head_learning_rate: PositiveFloat = Field(
         5e-3, description="AdamW's learning rate for a classification head that is trained along"

@@ -23,9 +23,9 @@ from fedsb.abilities import (
     SOURCES,
     WHOLE,
 )
+from fedsb.adapter_section import AdapterSection
 from fedsb.sections import (
     CLIENT,
-    AdapterSection,
     BasisSection,
     DataSection,
     EvaluationSection,
@@ -109,6 +109,8 @@ class Settings(Section):
                 f'adapter.heads are those of {" and ".join(HEADED)}, and adapter.method = "{self.adapter.method}" has none; '
                 "drop them"
             )
+        if self.adapter.method != "nola" and self.adapter.bases is not None:
+            raise ValueError(f'adapter.bases are of nola, and adapter.method = "{self.adapter.method}" has none; drop it')
         for key in ("smallest_rank", "draw", "frozen"):
             if self.adapter.method != "dylora" and getattr(self.adapter, key) != AdapterSection.model_fields[key].default:
                 raise ValueError(f'adapter.{key} is of dylora, and adapter.method = "{self.adapter.method}" has none; drop it')

@@ -152,7 +152,8 @@ class Federation:
     def strategy(self, basis: Basis) -> FedSB:
         """Step 2's strategy."""
         method, probes = METHODS[self.config.adapter.method], seeded(self.config.seed, "probe")
-        error = None if method.kept else AggregationError(method, basis, self.shapes, scale_of(self.config), probes)
+        of = {"rank": self.config.adapter.rank, "seed": self.config.seed}
+        error = None if method.kept else AggregationError(method, basis, self.shapes, scale_of(self.config), probes, **of)
         kind, shared = strategy_of(self.config), self._shared(basis)
         strategy = kind(self.config, self.layout, shared, self.roster, self.strikes, error, self.journal.tell)
         if self.last:

@@ -35,6 +35,9 @@ def personalise(run: Federation, strategy: FedSB, state: ArrayRecord) -> None:
         name: strategy.question(node, PERSONALISE, order, strategy.sent_to(name, state, rounds + 1))
         for name, node in sorted((n, i) for i, n in missing.items())
     }
+    beyond: dict[str, Any] = {}
+    if METHODS[run.config.adapter.method].expand:
+        beyond = {"seed": run.config.seed, "sides": run.shapes}
     strategy.expect_personal(state, run.trained)
     for client, reply in strategy.accepted(rounds, exchange(messages.values())):
         try:
@@ -62,6 +65,7 @@ def personalise(run: Federation, strategy: FedSB, state: ArrayRecord) -> None:
             scale=scale_of(run.config),
             round=rounds,
             task=Identity.of(reply).task,
+            **beyond,
             standardised=linear_head(name for name, _ in run.trained.shapes) is not None,
         )
     run.traffic.add(exchange.traffic)

@@ -8,7 +8,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    ["fedsb.errors", "fedsb.abilities", "fedsb.validation", "fedsb.sections", "fedsb.settings", "fedsb.config"],
+    [
+        "fedsb.errors",
+        "fedsb.abilities",
+        "fedsb.validation",
+        "fedsb.sections",
+        "fedsb.adapter_section",
+        "fedsb.settings",
+        "fedsb.config",
+    ],
     ["fedsb.models", "fedsb.data", "fedsb.basis", "fedsb.privacy"],
     ["fedsb.adapters"],
     ["fedsb.aggregation", "fedsb.training", "fedsb.store", "fedsb.report"],
@@ -23,7 +31,9 @@ SAME_FLOOR = {
     ("fedsb.config", "fedsb.settings"),
     ("fedsb.settings", "fedsb.abilities"),
     ("fedsb.settings", "fedsb.sections"),
-    ("fedsb.sections", "fedsb.abilities"),
+    ("fedsb.settings", "fedsb.adapter_section"),
+    ("fedsb.adapter_section", "fedsb.sections"),
+    ("fedsb.adapter_section", "fedsb.abilities"),
     ("fedsb.config", "fedsb.validation"),
     ("fedsb.validation", "fedsb.errors"),
     ("fedsb.models", "fedsb.data"),

@@ -38,6 +38,8 @@ def attach(model: Any, config: RunConfig, tokenizer: Any = None) -> Any:
     told: dict[str, Any] = {"target_modules": targets, "task_type": task}
     if set(method.frames) == {"B", "A"}:
         told |= {"basis_dtype": config.basis.dtype, "seed": config.seed}
+    if method.expand:
+        told |= {"seed": config.seed, "bases": config.base_count}
     if method.heads:
         told["heads"] = config.head_count
     peft_config = method.config(adapter.rank, scale_of(config) * adapter.rank, told)

@@ -17,6 +17,8 @@ Parts = Mapping[str, Tensor]  # what is trained in one layer: part → tensor
 Dense = Callable[[Parts, Tensor], Tensor]
 Chain = Callable[[Parts, Tensor | None, Tensor | None, float], tuple[Tensor, ...]]
 FoldOf = Callable[[Sequence[Parts], Sequence[float], Parts, float], tuple[Tensor, Tensor]]
+Shapes = Mapping[str, tuple[int, int]]  # layer → (out, in)
+Expand = Callable[[Mapping[str, Parts], Shapes, int, int], Mapping[str, Parts]]
 Start = Callable[[Basis, float], dict[str, dict[str, Tensor]]]
 
 Masks = list[tuple[nn.Parameter, Tensor]]  # of a step that trains only a part: parameter, where it learns
@@ -75,6 +77,8 @@ class Method:
         around: (run, model, client) → what is open around each of the client's steps; None: nothing.
         kept: parts (and `head`) that stay with each client and never travel in training (`fedsb.adapters.share`).
         nested: whether its adapters may be cut to a lower rank: leading columns of B, block of the core, rows of A.
+        expand: (layer → parts, layer → (out, in), rank, seed) → layer → the parts that `chain` takes, where those that are
+            trained mean something only with what follows from the seed.
         draws: parts that do not start as zero → (shape, generator) → the part (`A`, which several have, is drawn as LoRA's).
         reach: (how far AdamW's steps can move a trained number, the state that was sent) → how far they can move the state.
     """
@@ -99,6 +103,7 @@ class Method:
     kept: tuple[str, ...] = ()
     nested: bool = False
     multiplies: bool = False
+    expand: Expand | None = None
     draws: Mapping[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = field(default_factory=dict)
     reach: Callable[[float, Tensor], Tensor] = by_steps
 
@@ -113,7 +118,7 @@ class Method:
         return self.dense is not None or self.multiplies
 
     def update(self, parts: Parts, b: Tensor | None, a: Tensor | None, scale: float, weight: Tensor) -> Tensor:
-        """The update of a weight W0 (out, in), in the dtype of the parts; folds apart."""
+        """The update of a weight W0 (out, in), in the dtype of the parts, expanded where the method does that; folds apart."""
         if self.dense is not None:
             return self.dense(parts, weight)
         assert self.chain is not None

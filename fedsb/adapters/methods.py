@@ -14,6 +14,7 @@ from fedsb.adapters.lora_xs import LORA_XS
 from fedsb.adapters.method import Method
 from fedsb.adapters.miss import MISS
 from fedsb.adapters.nested_sb import NESTED_SB
+from fedsb.adapters.nola import NOLA
 from fedsb.adapters.ranks_lora import FLEXLORA, HETLORA
 from fedsb.adapters.ravan import RAVAN
 from fedsb.adapters.refreshed_sb import REFRESHED_SB
@@ -38,4 +39,5 @@ METHODS: dict[str, Method] = {
     "flexlora": FLEXLORA,
     "flora": FLORA,
     "flora-ones": FLORA_ONES,
+    "nola": NOLA,
 }

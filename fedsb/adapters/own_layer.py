@@ -33,6 +33,16 @@ class OwnLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """The update of the weight (out, in), of the unmerged W0, in fp32 or wider."""
         raise NotImplementedError
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """As PEFT's, but for the dtype: PEFT makes it the base layer's, which rounds the masters of a bf16 model."""
+        target = self.base_layer.weight.device if device is None else device
+        for items in (getattr(self, name) for name in self.adapter_layer_names + self.other_param_names):
+            if not isinstance(items, nn.ModuleDict | nn.ParameterDict) or adapter_name not in items:
+                continue
+            tensors = [*items.parameters(), *items.buffers()]
+            if not any(tensor.is_meta for tensor in tensors):
+                items[adapter_name] = items[adapter_name].to(target)
+
     @property
     def unmerged(self) -> Tensor:
         """W0 (out, in), also while adapters are merged."""

@@ -22,3 +22,4 @@ def _extend_peft_types(name: str) -> PeftType:
 FEDSB = _extend_peft_types("FEDSB")  # LoRA-SB
 FEDSB_BONE = _extend_peft_types("FEDSB_BONE")
 FEDSB_FLORA = _extend_peft_types("FEDSB_FLORA")
+FEDSB_NOLA = _extend_peft_types("FEDSB_NOLA")

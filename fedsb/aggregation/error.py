@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedsb.adapters.method import Method
+from fedsb.adapters.method import Method, Parts
 from fedsb.basis.frames import Basis, Fold
 
 PROBES = 4
@@ -25,12 +25,21 @@ class AggregationError:
         shapes: layer name → (out, in).
         scale: α / r.
         generator: draws the probes.
+        rank, seed: of the run, for methods whose parts mean something only with what follows from these (`Method.expand`).
     """
 
     def __init__(
-        self, method: Method, basis: Basis, shapes: Mapping[str, tuple[int, int]], scale: float, generator: torch.Generator
+        self,
+        method: Method,
+        basis: Basis,
+        shapes: Mapping[str, tuple[int, int]],
+        scale: float,
+        generator: torch.Generator,
+        *,
+        rank: int = 0,
+        seed: int = 0,
     ) -> None:
-        self._method, self._scale = method, scale
+        self._method, self._scale, self._shapes, self._rank, self._seed = method, scale, shapes, rank, seed
         self._b = {name: b.double() for name, b in basis.B.items()}
         self._names = sorted(shapes)  # a basis read from disk has another order
         self._probes = {
@@ -54,23 +63,29 @@ class AggregationError:
 
     def add(self, state: Mapping[str, Tensor], weight: float) -> None:
         """Count one client's state."""
+        parts = self._parts(state)
         for name in self._names:
-            applied = self._apply(name, state) + self._folded.get(name, 0)
+            applied = self._apply(name, parts[name]) + self._folded.get(name, 0)
             self._sum.setdefault(name, torch.zeros_like(applied)).add_(applied, alpha=weight)
         self._weight += weight
 
     def result(self, aggregate: Mapping[str, Tensor]) -> float:
         """The relative error of an aggregate; 0 if all updates are 0."""
+        parts = self._parts(aggregate)
         difference = norm = 0.0
         for name, total in self._sum.items():
             mean = total / self._weight
-            difference += float((mean - self._apply(name, aggregate) - self._folded.get(name, 0)).square().sum())
+            difference += float((mean - self._apply(name, parts[name]) - self._folded.get(name, 0)).square().sum())
             norm += float(mean.square().sum())
         return (difference / norm) ** 0.5 if norm else 0.0
 
-    def _apply(self, name: str, state: Mapping[str, Tensor]) -> Tensor:
+    def _parts(self, state: Mapping[str, Tensor]) -> Mapping[str, Parts]:
+        """Layer → the parts that a chain takes, fp64."""
+        parts = {name: {part: state[f"{name}.{part}"].double() for part in self._method.parts} for name in self._names}
+        return self._method.expand(parts, self._shapes, self._rank, self._seed) if self._method.expand else parts
+
+    def _apply(self, name: str, parts: Parts) -> Tensor:
         """A layer's update times its probes (out, PROBES), or its parts as one vector."""
-        parts = {part: state[f"{name}.{part}"].double() for part in self._method.parts}
         if self._method.chain is None:
             return torch.cat([part.flatten() for part in parts.values()])
         chain = self._method.chain(parts, self._b.get(name), self._a.get(name), self._scale)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from torch import Tensor, nn
 
+from fedsb.adapters.coefficients import BITS
 from fedsb.adapters.head import features_of
 from fedsb.adapters.methods import METHODS
 from fedsb.errors import StoreError
@@ -39,6 +40,7 @@ def export(
             help="lora: plain LoRA for PEFT and vLLM; core: ours, small matrices with their basis; hira: flora exactly, for PEFT",
         ),
     ] = Format.lora,
+    bits: Annotated[int, typer.Option(help="of each coefficient in --format core of nola: 32, 16, 8 or 4")] = 32,
     rank: Annotated[
         int | None,
         typer.Option(
@@ -51,9 +53,11 @@ def export(
     """Write personal adapters of a run as folders: plain LoRA for PEFT and vLLM, our own format, or HiRA."""
     if (client is None) == (not all_):
         raise StoreError("name one client with --client NAME, or all of them with --all")
+    config, store = load_run(run), run / "adapters"
+    if bits != 32 and (bits not in BITS or format_ is not Format.core or not METHODS[config.adapter.method].expand):
+        raise StoreError(f"--bits {bits}: coefficients of nola are written in 32, 16, 8 or 4, with --format core; leave it out")
     if rank is not None and format_ is Format.hira:
         raise StoreError("--rank cuts a LoRA or our own format, and --format hira has all there is; leave one of the two out")
-    config, store = load_run(run), run / "adapters"
     names = adapters.clients(store) if all_ else [str(client)]
     if not names:
         raise StoreError(f"{store} holds no adapters yet; let the run finish first")
@@ -71,7 +75,7 @@ def export(
         if features:
             stored = stored.plain(features)
         if format_ is Format.core:
-            folder = export_core(stored, basis, out / name, modules=modules, rank=rank)
+            folder = export_core(stored, basis, out / name, modules=modules, rank=rank, bits=bits)
         elif format_ is Format.hira:
             folder = export_hira(stored, basis, out / name, modules=modules)
         else:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from fedsb.adapters.head import Features, plain
-from fedsb.adapters.method import Method
+from fedsb.adapters.method import Method, Parts
 from fedsb.adapters.methods import METHODS
 from fedsb.errors import AdapterError, StoreError
 from fedsb.sections import SITE_NAME
@@ -61,6 +61,8 @@ class Manifest(BaseModel):
     task: str
     created: str
     epsilon: float | None = None
+    seed: int | None = None  # of what follows from it: NOLA's random matrices
+    sides: dict[str, tuple[int, int]] | None = None  # layer → (out, in), where the parts do not show them
     standardised: bool = False  # whether the head is on standardised features (`fedsb/adapters/head.py`)
 
 
@@ -106,6 +108,17 @@ class StoredAdapter:
         return found
 
     @property
+    def expanded(self) -> Mapping[str, Parts]:
+        """The layers in fp64, with the parts that the chain of the method takes."""
+        wide = {name: {part: t.double() for part, t in parts.items()} for name, parts in self.layers.items()}
+        expand, manifest = METHODS[self.manifest.method].expand, self.manifest
+        if expand is None:
+            return wide
+        if manifest.seed is None or manifest.sides is None or manifest.sides.keys() != wide.keys():
+            raise AdapterError(f"the adapter of {manifest.client} does not say its seed or layers; publish it anew")
+        return expand(wide, manifest.sides, manifest.rank, manifest.seed)
+
+    @property
     def head(self) -> dict[str, Tensor]:
         """Head parameters by their name in the base model, e.g. `classifier.weight`."""
         return {name.removeprefix("head."): tensor for name, tensor in self.state.items() if HEAD.fullmatch(name)}
@@ -125,6 +138,8 @@ def publish(
     scale: float = 1.0,
     epsilon: float | None = None,
     standardised: bool = False,
+    seed: int | None = None,
+    sides: Mapping[str, tuple[int, int]] | None = None,
 ) -> int:
     """Publish a client's state as its next version, make it the current one, and return its number, from 1.
 
@@ -153,6 +168,8 @@ def publish(
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 epsilon=epsilon,
                 standardised=standardised,
+                seed=seed,
+                sides=None if sides is None else dict(sides),
             )
             write_file(staged / MANIFEST_FILE, (manifest.model_dump_json(indent=2) + "\n").encode())
         write_json(folder / CURRENT_FILE, {"version": version})

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fedsb.adapters.coefficients import pack, rows_of
 from fedsb.adapters.methods import METHODS
 from fedsb.basis.frames import Basis, beside
 from fedsb.errors import BasisError, StoreError
@@ -34,8 +35,7 @@ CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, MANIFEST_FILE = (
 PREFIX = "base_model.model."
 STACKED = re.compile(r"(.*?)\.(\d+)\.(.+)")  # model.layers . 0 . self_attn.q_proj
 HEADS = ("classifier", "score")  # the heads that PEFT and vLLM know by name
-TUNER = "fedsb.adapters.tuner"  # importing it registers peft_type FEDSB
-PLAIN = ("LORA", "HIRA")  # what an unmodified PEFT reads
+TUNERS = {"FEDSB": "fedsb.adapters.tuner", "FEDSB_NOLA": "fedsb.adapters.nola"}  # importing one registers its peft_type
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank in vLLM 0.32
 
 
@@ -66,11 +66,10 @@ def export_lora(
     if method.takes_weights:
         loras, lost = truncated(stored, weights or {}, rank, dtype)
     else:
-        for layer, parts in stored.layers.items():
-            wide = {part: tensor.double() for part, tensor in parts.items()}
+        for layer, parts in stored.expanded.items():
             b, a = (side[layer].double() if layer in side else None for side in (basis.B, basis.A))
             assert method.chain is not None
-            *before, last = method.chain(wide, b, a, scale)
+            *before, last = method.chain(parts, b, a, scale)
             folds = [fold[layer] for fold in basis.folds if layer in fold]
             loras[layer] = beside([(functools.reduce(torch.matmul, before), last), *folds])
     most = max(right.shape[0] for _, right in loras.values())
@@ -93,8 +92,8 @@ def export_hira(
     if not method.multiplies or method.chain is None:
         raise StoreError(f"{stored.manifest.method} multiplies no weights, and so is no HiRA; use --format lora")
     tensors: dict[str, Tensor] = {}
-    for layer, parts in stored.layers.items():
-        *before, last = method.chain({part: tensor.double() for part, tensor in parts.items()}, None, None, scale)
+    for layer, parts in stored.expanded.items():
+        *before, last = method.chain(parts, None, None, scale)
         tensors[f"{PREFIX}{layer}.hira_A"] = last.to(dtype)
         tensors[f"{PREFIX}{layer}.hira_B"] = functools.reduce(torch.matmul, before).to(dtype)
     rank = next(tensor.shape[0] for name, tensor in tensors.items() if name.endswith("hira_A"))
@@ -102,12 +101,17 @@ def export_hira(
     return _write(out, stored, config, tensors | _head(stored))
 
 
-def export_core(stored: StoredAdapter, basis: Basis, out: Path, modules: Collection[str] = (), rank: int | None = None) -> Path:
-    """Write our own format: core (r, r) fp32, or RAVAN's heads; A (r, in) and B (out, r) in the basis' dtype.
+def export_core(
+    stored: StoredAdapter, basis: Basis, out: Path, modules: Collection[str] = (), rank: int | None = None, bits: int = 32
+) -> Path:
+    """Write our own format: core (r, r) fp32, or RAVAN's heads; A (r, in) and B (out, r) in the basis' dtype. Of NOLA
+    coefficients alone, in `bits` each (`fedsb.adapters.coefficients`).
 
     Raises as `export_lora`, and StoreError for a method without cores.
     """
     stored, basis = _fitted(stored, basis, rank)
+    if METHODS[stored.manifest.method].expand:
+        return _write(out, stored, nola_config(stored, modules, bits), packed(stored, bits) | _head(stored))
     native = METHODS[stored.manifest.method].native
     if native is None:
         other = "hira" if METHODS[stored.manifest.method].multiplies else "lora"
@@ -135,6 +139,23 @@ def lora_config(stored: StoredAdapter, modules: Collection[str], rank: int) -> d
         "rank_pattern": {},
         "use_dora": False,
         "use_rslora": False,
+    }
+
+
+def packed(stored: StoredAdapter, bits: int) -> dict[str, Tensor]:
+    """What a file of NOLA holds besides a head."""
+    return {PREFIX + name: tensor for name, tensor in pack(rows_of(stored.layers), bits).items()}
+
+
+def nola_config(stored: StoredAdapter, modules: Collection[str], bits: int) -> dict[str, Any]:
+    """`adapter_config.json` of NOLA's coefficients, whose peft_type an unmodified PEFT refuses."""
+    manifest = stored.manifest
+    return _common(stored, modules) | {
+        "alpha": manifest.scale * manifest.rank,
+        "bases": next(iter(next(iter(stored.layers.values())).values())).numel(),
+        "bits": bits,
+        "peft_type": "FEDSB_NOLA",
+        "seed": manifest.seed,
     }
 
 
@@ -297,7 +318,7 @@ this client went on from the last average on its own data. The files' SHA-256 ar
 
 def _how_to_load(stored: StoredAdapter, config: Mapping[str, Any]) -> str:
     kind = "SequenceClassification" if config["task_type"] == "SEQ_CLS" else "CausalLM"
-    own = f"import {TUNER}  # teaches PEFT this format\n" if config["peft_type"] not in PLAIN else ""
+    own = f"import {TUNERS[config['peft_type']]}  # teaches PEFT this format\n" if config["peft_type"] in TUNERS else ""
     base = stored.manifest.base_model.name
     text = f"""## Loading it with PEFT
 

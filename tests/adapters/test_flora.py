@@ -251,6 +251,11 @@ def test_an_adapter_comes_back_and_its_file_is_small(form: str, low_memory: bool
     saved.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert sum(t.numel() for t in tensors.values()) == sum(t.numel() for t in get_state(saved).values())
+    rounded = PeftModel.from_pretrained(bert().bfloat16(), tmp_path, low_cpu_mem_usage=low_memory)
+    layers, true = (
+        {name: t for name, t in get_state(model).items() if not name.startswith("head.")} for model in (rounded, saved)
+    )
+    assert same(layers, true), "masters are fp32, whatever the model is"
     loaded = PeftModel.from_pretrained(bert(), tmp_path, low_cpu_mem_usage=low_memory)
     assert loaded.peft_config["default"].form == form
     assert same(get_state(loaded), get_state(saved))

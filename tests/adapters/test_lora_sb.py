@@ -16,7 +16,7 @@ from tests.adapters.samples import RANK, adapted, also, bert, gpt2, llama, snaps
 from tests.reference import adapted_linear, with_updates
 
 CORES = ("lora-sb", "nested-sb", "lora-xs", "ravan", "refreshed-sb")
-OURS = (
+OURS = {"nola": "FEDSB_NOLA"} | (
     dict.fromkeys(CORES, "FEDSB")
     | dict.fromkeys(("bone", "bone-row"), "FEDSB_BONE")
     | dict.fromkeys(("flora", "flora-ones"), "FEDSB_FLORA")

@@ -294,6 +294,13 @@ def test_a_rank_where_it_makes_no_sense(run: Path, bone: Path, tmp_path: Path, c
         said = complaint(capsys, "export", str(run), "--rank", "3", "--format", form, *to)
         assert "an adapter of method lora-sb cannot be cut to a rank; leave --rank out" in said
     assert "at most rank 32; take 1 to 32" in complaint(capsys, "export", str(bone), "--rank", "33", *to)
+    hira = ["--format", "hira", *to]
+    assert "--format hira has all there is; leave one of the two out" in complaint(
+        capsys, "export", str(run), "--rank", "3", *hira
+    )
+    assert "lora-sb multiplies no weights, and so is no HiRA" in complaint(capsys, "export", str(run), *hira)
+    core = ["--format", "core", *to]
+    assert "--bits 8: coefficients of nola are written in" in complaint(capsys, "export", str(run), "--bits", "8", *core)
     assert "bone has no cores" in complaint(capsys, "export", str(bone), "--format", "core", *to)
     assert not (tmp_path / "x").exists()
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from clients.session import Session, Site
 from fedsb.abilities import FOLDING, HEADED, NO_RECORDS, RANKED, SCALED
-from fedsb.adapters.attach import restarted, scale_of, start_state
+from fedsb.adapters.attach import restarted, scale_of, shapes_of, start_state
 from fedsb.adapters.bone import BoneLinear
 from fedsb.adapters.flora_stacking import stacked
 from fedsb.adapters.head import features_of
@@ -53,7 +53,7 @@ from tests.federation.twisted import killed_and_resumed, twisted
 from tests.reference import bone_update
 
 EVERY = pytest.mark.parametrize("method", METHODS)
-OTHERS = [method for method in METHODS if METHODS[method].frames != ("B", "A")]  # without cores
+OTHERS = [method for method in METHODS if METHODS[method].frames != ("B", "A") and not METHODS[method].expand]  # without cores
 FAMILY = pytest.mark.parametrize("method", OTHERS)
 TOKENS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 
@@ -140,6 +140,13 @@ def test_the_base_model_is_where_everybody_starts(method: str, llama: str, words
     torch.testing.assert_close(started(run).model(input_ids=TOKENS).logits, plain(input_ids=TOKENS).logits, **close)
 
 
+def expanded_parts(run: RunConfig, session: Session, state: dict[str, torch.Tensor]) -> Any:
+    """Layer → the parts that the method's chain takes, fp64."""
+    method, shapes = METHODS[run.adapter.method], shapes_of(session.model)
+    layers = {layer: {part: state[f"{layer}.{part}"].double() for part in method.parts} for layer in shapes}
+    return method.expand(layers, shapes, run.adapter.rank, run.seed) if method.expand else layers
+
+
 @EVERY
 def test_the_chain_is_the_update_that_the_layer_adds(method: str, llama: str, words: str) -> None:
     alpha = {"alpha": 12.0} if method in SCALED else {}
@@ -152,7 +159,7 @@ def test_the_chain_is_the_update_that_the_layer_adds(method: str, llama: str, wo
     assert scale_of(run) == (6.0 if method == "lora-ga" else 3.0 if method in SCALED else 1.0)
     folded = {name: u.double() @ v.double() for fold in basis.folds for name, (u, v) in fold.items()}
     for layer, update in found.items():
-        parts = {part: state[f"{layer}.{part}"].double() for part in METHODS[method].parts}
+        parts = expanded_parts(run, session, state)[layer]
         b, a = (side[layer].double() if layer in side else None for side in (basis.B, basis.A))
         product = METHODS[method].update(parts, b, a, scale_of(run), weights_of(run)[layer])
         torch.testing.assert_close(product + folded.get(layer, 0), update, rtol=1e-4, atol=1e-5)
@@ -292,6 +299,39 @@ def test_our_peft_type_reads_the_format_of_ours(method: str, llama: str, words: 
     loaded = PeftModel.from_pretrained(load_model(locate(run.model.source), run.model, None, device_of("cpu")), folder)
     torch.testing.assert_close(loaded(input_ids=TOKENS).logits, opened(run, stored.state).model(input_ids=TOKENS).logits)
     assert equal(get_state(loaded), stored.state)
+
+
+def test_coefficients_in_fewer_bits_are_a_file_that_our_peft_type_reads(llama: str, words: str, tmp_path: Path) -> None:
+    run = config(llama, words, "nola", adapter={"method": "nola", "alpha": 8.0, "bases": 6}, federation={"rounds": 1})
+    federate(run, tmp_path)
+    stored = adapters.load(tmp_path / "adapters", "client-0")
+    basis = load_basis(tmp_path, stored.manifest.basis_fingerprint)
+    ours = opened(run, stored.state).model(input_ids=TOKENS).logits
+    plain = load_model(locate(run.model.source), run.model, None, device_of("cpu"))(input_ids=TOKENS).logits
+    off = []
+    for bits in (32, 8, 4):
+        folder = export_core(stored, basis, tmp_path / str(bits), bits=bits)
+        assert "import fedsb.adapters.nola" in (folder / "README.md").read_text()
+        model = load_model(locate(run.model.source), run.model, None, device_of("cpu"))
+        loaded = PeftModel.from_pretrained(model, folder)
+        off.append((loaded(input_ids=TOKENS).logits - ours).abs().max().item())
+    moved = (plain - ours).abs().max().item()
+    assert off[0] < 1e-5 < off[1] < off[2] < 0.2 * moved
+    bare = adapters.StoredAdapter(stored.state, stored.manifest.model_copy(update={"seed": None}))
+    with pytest.raises(AdapterError, match="client-0 does not say its seed or layers; publish it anew"):
+        export_lora(bare, basis, tmp_path / "bare")
+
+
+def test_nothing_but_coefficients_travels(llama: str, words: str, tmp_path: Path) -> None:
+    summary = federate(config(llama, words, "nola", adapter={"method": "nola", "bases": 6}), tmp_path)
+    layers = len(layers_of(Session(config(llama, words, "lora")).model))
+    assert summary["trainable_parameters"] == layers * 12 and summary["bytes"]["basis"] == 0
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"nola"}))
+def test_random_matrices_of_what_has_none_are_refused(method: str, llama: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=f'adapter.bases are of nola, and adapter.method = "{method}" has none'):
+        config(llama, words, method, adapter={"method": method, "bases": 4})
 
 
 @FAMILY

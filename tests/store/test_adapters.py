@@ -44,6 +44,8 @@ def test_publish_and_load(tmp_path: Path) -> None:
         "epsilon": 3.5,
         "standardised": False,
         "scale": 1.0,
+        "seed": None,
+        "sides": None,
     }
 
 
