@@ -186,10 +186,11 @@ class Session:
         finally:
             fold_into(layers_of(self.model), self.folds, self.pristine)
 
-    def score(self, site: Site, vector: Tensor) -> Score:
-        """Score a state on the client's own test set, or whatever `evaluation.split` says."""
+    def score(self, site: Site, vector: Tensor, split: Split | None = None) -> Score:
+        """Score a state on the client's own test set, or whatever `split` or else `evaluation.split` says."""
         section = self.config.evaluation
-        examples, rows = self.examples(site, section.split), self.rows(site, section.split)
+        split = split or section.split
+        examples, rows = self.examples(site, split), self.rows(site, split)
         set_state(self.model, self.layout.unflatten(vector))
         return evaluate(
             self.transformer,

@@ -23,12 +23,15 @@ Method = Literal[
     "flora",
     "flora-ones",
     "nola",
+    "lorafusion",
+    "lorafusion-product",
 ]
 
 HEADS = 4  # of RAVAN, as in its paper's tables
 BASES = 128  # random matrices of NOLA on each side, as its paper has for a model of 7B
 IN_TURN = ("refreshed-sb",)  # methods whose heads are trained one after another
-HEADED = ("ravan", *IN_TURN)  # methods with `adapter.heads`
+FUSING = ("lorafusion", "lorafusion-product")  # methods that mix a pool of adapters
+HEADED = ("ravan", *IN_TURN, *FUSING)  # methods with `adapter.heads`
 RANKED_LORA = ("hetlora", "flexlora")  # methods whose mean needs each client's own factors
 RANKED = ("nested-sb", "flora-stacking", *RANKED_LORA)  # methods whose clients may have different ranks
 ANY = ("random", "weights", "public", "sketch")
@@ -36,6 +39,8 @@ SOURCES: dict[str, tuple[str, ...]] = {  # method → what `basis.source` may be
     "lora-sb": ANY,
     "nested-sb": ANY,
     "lora-xs": ("weights",),
+    "lorafusion": ("pool",),
+    "lorafusion-product": ("pool",),
     "lora-ga": ("sketch", "public"),
 }
 FOLDING = ("fedex-lora", "flora-stacking")  # what they add to the weights takes each client's own factors

@@ -29,7 +29,8 @@ class AdapterSection(Section):
     )
     heads: PositiveInt | None = Field(
         None,
-        description=f"heads of a layer, each of rank r (only `ravan`, and `refreshed-sb`: at most one a round; default {HEADS})",
+        description=f"heads of a layer, each of rank r (only `ravan`, and `refreshed-sb`: at most one a round; default {HEADS}); "
+        "of `lorafusion` and `lorafusion-product`: how many adapters `basis.pool` holds",
     )
     smallest_rank: PositiveInt = Field(1, description="the smallest rank that is drawn (only `dylora`)")
     draw: Literal["step", "round"] = Field(

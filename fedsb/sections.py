@@ -87,12 +87,15 @@ class DataSection(Section):
 class BasisSection(Section):
     """`[basis]`: the frozen B and A that all clients share."""
 
-    source: Literal["random", "weights", "public", "sketch"] = Field(
+    source: Literal["random", "weights", "public", "sketch", "pool"] = Field(
         "random",
         description="`random`: orthonormal from the seed, 0 bytes; `weights`: leading singular vectors of W0, no data; "
         "`public`: SVD of the first update, estimated at the server on public examples; `sketch`: from the sum of the clients' "
-        "sketches of their first gradients, which with privacy is paid for like everything else. `lora-xs` has `weights` and no "
-        "other, `lora-ga` `sketch` or `public`",
+        "sketches of their first gradients, which with privacy is paid for like everything else; `pool`: frozen adapters. "
+        "`lora-xs` has `weights` and no other, `lora-ga` `sketch` or `public`, `lorafusion` and `lorafusion-product` `pool`",
+    )
+    pool: str | None = Field(
+        None, description='a folder of plain LoRA folders, as `fedsb export --all` writes it (only `source = "pool"`)'
     )
     r0: Literal["zero", "paper"] = Field(
         "zero", description="the core at the start: 0, or the paper's diag(S) of the estimated update (only `public`)"
@@ -117,7 +120,8 @@ class TrainSection(Section):
         "auto",
         description="AdamW's learning rate; `auto`: 0.64 / rank, with a `public` or `sketch` basis 0.32 / rank "
         "(as for rank 16 below it); of `ffa-lora` and `lora-xs` 4e-3, of `lora-ga` 1e-4, of the other LoRAs 2e-3, of `miss`, "
-        "`bone` and `bone-row` 4e-4, of `flora` and `flora-ones` 5e-3, of `nola` 1e-2, of `ravan` 0.64 / (rank √heads)",
+        "`bone` and `bone-row` 4e-4, of `flora` and `flora-ones` 5e-3, of `nola` 1e-2, of `lorafusion` 2e-2, "
+        "of `ravan` 0.64 / (rank √heads)",
     )
     head_learning_rate: PositiveFloat = Field(
         5e-3, description="AdamW's learning rate for a classification head that is trained along"

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from fedsb.abilities import (
     FOLDING,
+    FUSING,
     HEADED,
     IN_TURN,
     MEANS,
@@ -93,6 +94,12 @@ class Settings(Section):
                 f'adapter.method = "{self.adapter.method}" has no basis for basis.source = "{self.basis.source}"; set it to '
                 f'{" or ".join(sources)}, or adapter.method = "lora-sb"'
             )
+        if (self.basis.source == "pool") != (self.basis.pool is not None):
+            raise ValueError('basis.source = "pool" and basis.pool go together; set both or neither')
+        if self.adapter.method in FUSING and self.adapter.heads is None:
+            raise ValueError(
+                f'adapter.method = "{self.adapter.method}" needs adapter.heads, how many adapters basis.pool holds; set it'
+            )
         if self.adapter.method not in SCALED and self.adapter.alpha is not None:
             raise ValueError(f'adapter.alpha scales LoRA, and adapter.method = "{self.adapter.method}" has no scale; drop it')
         if self.adapter.method in (*FOLDING, "lora-ga") and self.model.dtype == "bf16":
@@ -106,7 +113,7 @@ class Settings(Section):
             )
         if self.adapter.method not in HEADED and self.adapter.heads is not None:
             raise ValueError(
-                f'adapter.heads are those of {" and ".join(HEADED)}, and adapter.method = "{self.adapter.method}" has none; '
+                f'adapter.heads are those of {", ".join(HEADED)}, and adapter.method = "{self.adapter.method}" has none; '
                 "drop them"
             )
         if self.adapter.method != "nola" and self.adapter.bases is not None:

@@ -17,7 +17,7 @@ def test_methods_are_those_of_the_table() -> None:
     assert set(get_args(abilities.Method)) == set(METHODS)
     assert set(abilities.FOLDING) == {name for name, method in METHODS.items() if method.fold}
     framed = {name for name, method in METHODS.items() if method.start or (method.frames == ("B", "A") and not method.heads)}
-    assert abilities.SOURCES.keys() == framed
+    assert abilities.SOURCES.keys() == framed | set(abilities.FUSING)
     assert set(abilities.IN_TURN) == {name for name, method in METHODS.items() if method.in_turn}
     assert set(abilities.HEADED) == {name for name, method in METHODS.items() if method.heads}
     layout = Layout((("a.A", (2, 3)), ("a.B", (4, 2))))
@@ -26,7 +26,7 @@ def test_methods_are_those_of_the_table() -> None:
 
 def test_a_scale_is_what_a_method_does_something_with() -> None:
     told = {"target_modules": ["q_proj"]}
-    configs = {name: method.config(4, 12.0, dict(told)) for name, method in METHODS.items()}
+    configs = {name: m.config(4, 12.0, told | ({"heads": 3} if m.heads else {})) for name, m in METHODS.items()}
     scaled = {name for name, config in configs.items() if 12 in (getattr(config, "lora_alpha", 0), getattr(config, "alpha", 0))}
     assert set(abilities.SCALED) == scaled | {"lora-xs"}, "whose scale is in its frame"
 

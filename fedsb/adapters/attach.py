@@ -149,8 +149,11 @@ def layout_of(model: nn.Module) -> Layout:
 def start_state(layout: Layout, basis: Basis, config: RunConfig) -> State:
     """The state before the first round: the base model's, but for what a basis says of it: R0, or LoRA-GA's A and B."""
     state = initial_state(layout, config.seed) | {name + CORE: r0 for name, r0 in basis.R0.items()}
-    start, scale = METHODS[config.adapter.method].start, scale_of(config)
-    for name, parts in start(basis, scale).items() if start else ():
+    method, scale = METHODS[config.adapter.method], scale_of(config)
+    for name, shape in layout.shapes:
+        if begin := method.begins.get(name.rpartition(".")[2]):
+            state[name] = begin(shape)
+    for name, parts in method.start(basis, scale).items() if method.start else ():
         state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     return state
 

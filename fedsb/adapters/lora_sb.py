@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -120,17 +119,18 @@ class LoraSbLinear(OwnLinear):
     """One adapted linear layer. Cores are modules, since Opacus sees only those: `nn.Linear(r, r, bias=False)`, or another with
     such a `weight`, `in_features` and forward pass (`LoraSbConfig.core`)."""
 
-    adapter_layer_names = ("fedsb_core",)
+    adapter_layer_names = ("fedsb_core", "fedsb_magnitude")
     other_param_names = ("fedsb_basis",)
 
-    def __init__(self, base_layer: nn.Linear, adapter_name: str, core: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Linear, adapter_name: str, core: nn.Module, magnitudes: bool = False) -> None:
         super().__init__(base_layer)
         self.fedsb_core = nn.ModuleDict()
         self.fedsb_basis = nn.ModuleDict()
+        self.fedsb_magnitude = nn.ParameterDict()  # (out,), of adapters that have one
         self.cut: int | None = None  # of cores: in the forward pass only their leading block of this size is used
-        self.update_layer(adapter_name, core)
+        self.update_layer(adapter_name, core, magnitudes)
 
-    def update_layer(self, adapter_name: str, core: nn.Module) -> None:
+    def update_layer(self, adapter_name: str, core: nn.Module, magnitudes: bool = False) -> None:
         """Add an adapter with that core, and zero frames until `set_frames`."""
         weight, r = self.base_layer.weight, int(core.in_features)  # type: ignore[arg-type]
         self.fedsb_core[adapter_name] = core
@@ -138,8 +138,9 @@ class LoraSbLinear(OwnLinear):
             torch.zeros(self.out_features, r, device=weight.device),
             torch.zeros(r, self.in_features, device=weight.device),
         )
+        if magnitudes:
+            self.fedsb_magnitude[adapter_name] = nn.Parameter(torch.ones(self.out_features, dtype=torch.float32))
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        core.to(torch.float32)
         self.set_adapter(self.active_adapters)
 
     def set_frames(self, adapter_name: str, b: Tensor, a: Tensor) -> None:
@@ -166,35 +167,24 @@ class LoraSbLinear(OwnLinear):
         return self.fedsb_core[adapter_name]
 
     def trained(self, adapter: str) -> dict[str, nn.Parameter]:
-        """`core`; of RAVAN `heads` and `scales`."""
+        """`core`; of RAVAN `heads` and `scales`, of LoRAFusion `fusion` and `magnitude`."""
         if adapter not in self.fedsb_core:
             return {}
         parameters: dict[str, nn.Parameter] = dict(self.core(adapter).named_parameters())
-        return {"core" if name == "weight" else name: parameter for name, parameter in parameters.items()}
+        found = {"core" if name == "weight" else name: parameter for name, parameter in parameters.items()}
+        if adapter in self.fedsb_magnitude:
+            found["magnitude"] = self.fedsb_magnitude[adapter]  # type: ignore[assignment]
+        return found
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """B·R·A (out, in) in fp32."""
+        """B·R·A (out, in) in fp32; with magnitudes m∘(W0 + B·R·A) - W0."""
         frames, core = self.frames(adapter), self.core(adapter)
         delta: Tensor = frames.B.float() @ (core.weight.float() @ frames.A.float())
-        return delta
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add B·R·A to the base weight. Raises ValueError, and changes nothing, if `safe_merge` finds NaN or infinity."""
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.fedsb_core:
-                continue
-            weight = self.weight
-            merged = (weight.data.float() + self.get_delta_weight(name)).to(weight.dtype)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            weight.data = merged
-            self.merged_adapters.append(name)
-
-    def unmerge(self) -> None:
-        """Take the merged deltas off again; exact up to rounding in the base weight's dtype."""
-        while self.merged_adapters:
-            weight = self.weight
-            weight.data = (weight.data.float() - self.get_delta_weight(self.merged_adapters.pop())).to(weight.dtype)
+        if adapter not in self.fedsb_magnitude:
+            return delta
+        weight = self.unmerged.float()
+        scaled: Tensor = self.fedsb_magnitude[adapter][:, None] * (weight + delta)
+        return scaled - weight
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """x (…, in) → (…, out); with `adapter_names`, row i of a batch goes through adapter_names[i]."""
@@ -204,10 +194,21 @@ class LoraSbLinear(OwnLinear):
         y: Tensor = self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._add_mixed(x, y, adapter_names)
+        base = y
         for name in self.active_adapters:
-            if name in self.fedsb_core:
+            if name in self.fedsb_magnitude:
+                y = y + self._scaled(self._add(x, base, self.frames(name), self.core(name), self.cut), [name]) - base
+            elif name in self.fedsb_core:
                 y = self._add(x, y, self.frames(name), self.core(name), self.cut)
         return y
+
+    def _scaled(self, y: Tensor, names: Sequence[str]) -> Tensor:
+        """y (n, …, out) times the magnitudes of each row's adapter, or of all rows', but for the bias."""
+        one = torch.ones(self.out_features, device=y.device)
+        m = torch.stack([self.fedsb_magnitude.get(name, one) for name in names]).to(y.dtype)
+        m = m.view(len(names), *[1] * (y.ndim - 2), -1) if len(names) > 1 else m[0]
+        bias = self.base_layer.bias
+        return m * y if bias is None else m * (y - bias) + bias
 
     @staticmethod
     def _add(x: Tensor, y: Tensor, frames: Frames, core: nn.Module, cut: int | None) -> Tensor:
@@ -240,7 +241,7 @@ class LoraSbLinear(OwnLinear):
             h = functional.linear(x[index].to(dtype), frames.A.to(dtype))  # (n, …, r)
             mixed = torch.bmm(h.to(cores.dtype).flatten(1, -2) if h.ndim > 2 else h.to(cores.dtype).unsqueeze(1), cores.mT)
             y[index] += functional.linear(mixed.view(h.shape).to(dtype), frames.B.to(dtype)).to(y.dtype)
-        return y
+        return self._scaled(y, adapter_names) if any(name in self.fedsb_magnitude for name in adapter_names) else y
 
 
 @contextmanager

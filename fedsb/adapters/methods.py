@@ -8,6 +8,7 @@ from fedsb.adapters.ffa_lora import FFA_LORA
 from fedsb.adapters.flora import FLORA, FLORA_ONES
 from fedsb.adapters.flora_stacking import FLORA_STACKING
 from fedsb.adapters.lora import LORA
+from fedsb.adapters.lora_fusion import LORAFUSION, LORAFUSION_PRODUCT
 from fedsb.adapters.lora_ga import LORA_GA
 from fedsb.adapters.lora_sb import LORA_SB
 from fedsb.adapters.lora_xs import LORA_XS
@@ -40,4 +41,6 @@ METHODS: dict[str, Method] = {
     "flora": FLORA,
     "flora-ones": FLORA_ONES,
     "nola": NOLA,
+    "lorafusion": LORAFUSION,
+    "lorafusion-product": LORAFUSION_PRODUCT,
 }

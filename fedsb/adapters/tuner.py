@@ -6,6 +6,7 @@ import torch
 from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 
+from fedsb.adapters.lora_fusion import Fusion, LoraFusionConfig, LoraFusionProductConfig
 from fedsb.adapters.lora_sb import LoraSbConfig, LoraSbLinear
 from fedsb.adapters.lora_xs import LoraXsConfig
 from fedsb.adapters.nested_sb import NestedSbConfig
@@ -17,6 +18,8 @@ from fedsb.basis.spectral import check_rank
 from fedsb.errors import BasisError
 
 __all__ = [
+    "LoraFusionConfig",
+    "LoraFusionProductConfig",
     "LoraSbConfig",
     "LoraSbModel",
     "LoraXsConfig",
@@ -71,8 +74,8 @@ def basis_of(model: nn.Module, adapter: str = "default") -> Basis:
     )
 
 
-def _start(core: nn.Linear | Heads, r0: Tensor | None) -> None:
-    if isinstance(core, Heads):
+def _start(core: nn.Linear | Heads | Fusion, r0: Tensor | None) -> None:
+    if isinstance(core, Heads | Fusion):
         core.start()
     elif r0 is None:
         core.weight.zero_()
@@ -88,9 +91,9 @@ class LoraSbModel(OwnTuner):
 
     called = "LoRA-SB"
 
-    def told(self, config: LoraSbConfig) -> tuple[nn.Module]:
-        """A new core."""
-        return (config.core(),)
+    def told(self, config: LoraSbConfig) -> tuple[nn.Module, bool]:
+        """A new core, and whether outputs have magnitudes."""
+        return config.core(), getattr(config, "magnitudes", False)
 
     def check(self, layers: dict[str, Any], config: LoraSbConfig, adapter_name: str) -> None:
         """Hold the rank against all layers, so that the smallest is named, and build the basis that is asked for.

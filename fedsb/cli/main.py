@@ -27,6 +27,7 @@ COMMANDS = {
     "compare": "compare",
     "evaluate": "evaluate",
     "export": "export",
+    "personalise": "personalise",
     "doctor": "doctor",
     "up": "up",
     "down": "up",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fedsb.abilities import FUSING
 from fedsb.adapters.coefficients import pack, rows_of
 from fedsb.adapters.methods import METHODS
 from fedsb.basis.frames import Basis, beside
@@ -167,6 +168,7 @@ def core_config(stored: StoredAdapter, modules: Collection[str] = ()) -> dict[st
         "method": stored.manifest.method,
         "peft_type": "FEDSB",
         **heads,
+        **({"basis": "later", "magnitudes": False} if stored.manifest.method in FUSING else {}),
     }
 
 

@@ -1,6 +1,7 @@
 """How a run starts: the basis that its configuration asks for."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from fedsb.adapters.lora import start_of_a
 from fedsb.adapters.lora_ga import lora_ga_basis
 from fedsb.adapters.lora_xs import lora_xs_basis
 from fedsb.adapters.methods import METHODS
+from fedsb.adapters.pool import read_pool
 from fedsb.adapters.state import layers_of, set_state
 from fedsb.basis.frames import DTYPES, Basis
 from fedsb.basis.gradient import gradient_basis
@@ -39,7 +41,7 @@ def basis_source(config: RunConfig) -> str:
 
 def needs_weights(config: RunConfig) -> bool:
     """Whether building the basis takes the model's weights, or only its shapes."""
-    return config.basis.source not in ("random", "sketch")
+    return config.basis.source not in ("random", "sketch", "pool")
 
 
 def build_basis(config: RunConfig, model: Any, tokenizer: Any, device: torch.device) -> Basis:
@@ -67,6 +69,8 @@ def build_basis(config: RunConfig, model: Any, tokenizer: Any, device: torch.dev
             for name, (_, in_) in shapes.items()
         }
         basis = Basis({}, a, {})
+    elif section.pool is not None:
+        return read_pool(Path(section.pool), shapes, rank, config.head_count)  # fp32, so that an adapter is what it was
     elif method.heads:
         basis = heads_basis(shapes, rank, config.head_count, config.seed)
     elif section.source == "random":

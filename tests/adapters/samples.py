@@ -15,6 +15,7 @@ from transformers import (
 )
 
 import fedsb.adapters.tuner  # noqa: F401  teaches PEFT our format
+from fedsb.abilities import FUSING
 from fedsb.adapters.lora_sb import LoraSbConfig
 from fedsb.adapters.state import parameters_of
 from fedsb.config import RunConfig
@@ -116,4 +117,7 @@ def run_config(**sections: Any) -> RunConfig:
     }
     for key, value in sections.items():
         table[key] = table.get(key, {}) | value if isinstance(value, dict) else value
+    if table["adapter"].get("method") in FUSING:
+        table["adapter"] = {"heads": 2} | table["adapter"]
+        table["basis"] |= {"source": "pool", "pool": "nowhere"}
     return RunConfig.model_validate(table)

@@ -15,7 +15,7 @@ from fedsb.errors import AdapterError, BasisError
 from tests.adapters.samples import RANK, adapted, also, bert, gpt2, llama, snapshot, tokens
 from tests.reference import adapted_linear, with_updates
 
-CORES = ("lora-sb", "nested-sb", "lora-xs", "ravan", "refreshed-sb")
+CORES = ("lora-sb", "nested-sb", "lora-xs", "ravan", "refreshed-sb", "lorafusion", "lorafusion-product")
 OURS = {"nola": "FEDSB_NOLA"} | (
     dict.fromkeys(CORES, "FEDSB")
     | dict.fromkeys(("bone", "bone-row"), "FEDSB_BONE")
@@ -294,7 +294,7 @@ def test_only_the_active_adapter_counts_and_is_trained() -> None:
 
 def test_the_table_of_methods_builds_what_it_says() -> None:
     for name, method in METHODS.items():
-        config = method.config(RANK, float(RANK), {"target_modules": "all-linear"})
+        config = method.config(RANK, float(RANK), {"target_modules": "all-linear"} | ({"heads": 3} if method.heads else {}))
         assert config.peft_type.value == TYPES[name]
         assert set(method.frames) <= {"B", "A"} and method.parts
         assert (method.chain is None) != (method.dense is None)

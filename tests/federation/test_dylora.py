@@ -122,7 +122,7 @@ def test_private_by_record_at_one_rank_a_round(frozen: bool, llama: str, words: 
         ({"method": "ravan", "draw": "round"}, 'adapter.draw is of dylora, and adapter.method = "ravan" has none'),
         ({"method": "lora-sb", "smallest_rank": 2}, "adapter.smallest_rank is of dylora"),
         ({"method": "dylora", "smallest_rank": 5}, "adapter.smallest_rank is larger than adapter.rank"),
-        ({"method": "dylora", "heads": 2}, "adapter.heads are those of ravan and"),
+        ({"method": "dylora", "heads": 2}, "adapter.heads are those of ravan, "),
     ],
 )
 def test_what_it_or_another_has_no_use_for_is_refused(adapter: dict[str, Any], said: str, llama: str, words: str) -> None:

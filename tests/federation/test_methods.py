@@ -14,7 +14,7 @@ from peft.tuners.miss.layer import MissLinear
 from safetensors.torch import load_file
 
 from clients.session import Session, Site
-from fedsb.abilities import FOLDING, HEADED, NO_RECORDS, RANKED, SCALED
+from fedsb.abilities import FOLDING, FUSING, HEADED, NO_RECORDS, RANKED, SCALED
 from fedsb.adapters.attach import restarted, scale_of, shapes_of, start_state
 from fedsb.adapters.bone import BoneLinear
 from fedsb.adapters.flora_stacking import stacked
@@ -117,7 +117,8 @@ def last_basis(run: Path) -> Basis:
 
 @EVERY
 def test_it_trains_scores_and_publishes(method: str, llama: str, words: str, tmp_path: Path) -> None:
-    run = config(llama, words, method)
+    longer = {"steps": 8, "learning_rate": 0.3} if method in FUSING else {}  # a few numbers, that mix random adapters
+    run = config(llama, words, method, train=longer)
     summary = federate(run, tmp_path)
     assert summary["method"] == method
     parts = {name.rpartition(".")[2] for name in final_state(tmp_path)}
@@ -137,6 +138,8 @@ def test_the_base_model_is_where_everybody_starts(method: str, llama: str, words
     source = locate(run.model.source)
     plain = load_model(source, run.model, None, device_of("cpu"))
     close = {"rtol": 1e-3, "atol": 1e-3} if method == "lora-xs" else {}  # its core starts as near to 0 as N(0, 1e-5²) is
+    if method == "lorafusion-product":  # whose gradient would be 0 there: it starts from the first adapter of the pool
+        plain = PeftModel.from_pretrained(plain, sorted(Path(str(run.basis.pool)).iterdir())[0])
     torch.testing.assert_close(started(run).model(input_ids=TOKENS).logits, plain(input_ids=TOKENS).logits, **close)
 
 
@@ -168,7 +171,8 @@ def test_the_chain_is_the_update_that_the_layer_adds(method: str, llama: str, wo
 @EVERY
 def test_the_aggregation_error_is_that_of_the_dense_updates(method: str, llama: str, words: str, tmp_path: Path) -> None:
     """One round: what the clients sent, formed as matrices, against what the server made of it."""
-    run = config(llama, words, method, federation={"rounds": 1, "weighting": "uniform"})
+    rate = {"train": {"learning_rate": 0.3}} if method == "lorafusion-product" else {}  # whose terms that differ are squares
+    run = config(llama, words, method, federation={"rounds": 1, "weighting": "uniform"}, **rate)
     sent: list[torch.Tensor] = []
 
     def watch(kind: str, client: int, reply: Message) -> list[Message]:
@@ -290,7 +294,7 @@ def test_what_adds_to_weights_is_no_hira(method: str, llama: str, words: str, tm
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("method", ["lora-sb", "ravan", "refreshed-sb"])
+@pytest.mark.parametrize("method", ["lora-sb", "ravan", "refreshed-sb", "lorafusion", "lorafusion-product"])
 def test_our_peft_type_reads_the_format_of_ours(method: str, llama: str, words: str, tmp_path: Path) -> None:
     run = config(llama, words, method, federation={"rounds": 1})
     federate(run, tmp_path)
@@ -368,7 +372,7 @@ def test_half_as_much_travels_with_a_frozen_and_shared_a(llama: str, words: str,
     assert not any(torch.equal(one[name], other[name]) for name in one), "A follows from the seed"
 
 
-@pytest.mark.parametrize("method", ["lora", "ffa-lora", "ravan", "flora"])
+@pytest.mark.parametrize("method", ["lora", "ffa-lora", "ravan", "flora", "lorafusion"])
 def test_private_by_record_and_by_client_and_under_a_secure_sum(method: str, bert: str, labels: str, tmp_path: Path) -> None:
     units = [unit for unit, refused in (("record", NO_RECORDS), ("client", FOLDING)) if method not in refused]
     for unit in units:
@@ -453,7 +457,7 @@ def test_privacy_by_record_is_refused_where_records_have_no_gradients(method: st
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - set(HEADED)))
 def test_heads_of_what_has_none_are_refused(method: str, llama: str, words: str) -> None:
     with pytest.raises(
-        ConfigError, match=f'adapter.heads are those of ravan and refreshed-sb, and adapter.method = "{method}" has none'
+        ConfigError, match=f'adapter.heads are those of ravan, refreshed-sb, .*, and adapter.method = "{method}" has none'
     ):
         config(llama, words, method, adapter={"method": method, "heads": 4})
 

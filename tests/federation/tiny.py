@@ -7,12 +7,22 @@ from typing import Any
 
 import torch
 from flwr.app import Context, RecordDict
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from clients.app import app as client_app
+from fedsb.abilities import FUSING
 from fedsb.config import RunConfig
 from fedsb.store.files import read_events, read_json
 from fedsb.store.tensors import load_tensors
@@ -92,8 +102,30 @@ def classification(source: str, task: str, /, **sections: Mapping[str, Any]) -> 
 
 
 def config_of(content: Mapping[str, Any]) -> RunConfig:
-    """A table as a checked configuration."""
+    """A table as a checked configuration, with a pool of adapters for methods that mix one."""
+    adapter = content.get("adapter", {})
+    if adapter.get("method") in FUSING:
+        kind = content["model"].get("kind", "causal")
+        pool = {"basis": {"source": "pool", "pool": str(pool_of(content["model"]["source"], kind))} | content.get("basis", {})}
+        content = {**content, "adapter": {"heads": 2} | adapter, **pool}
     return RunConfig.from_json(json.dumps(content))
+
+
+def pool_of(source: str, kind: str) -> Path:
+    """Two plain LoRAs of rank 4 for a model, beside its folder."""
+    folder = Path(f"{source}-pool")
+    for number in range(0 if folder.exists() else 2):
+        of, task = (AutoModelForCausalLM, "CAUSAL_LM") if kind == "causal" else (AutoModelForSequenceClassification, "SEQ_CLS")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(number)
+            lora = LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", task_type=task)
+            model = get_peft_model(of.from_pretrained(source), lora)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if "lora_" in name:
+                        parameter.copy_(0.2 * torch.randn_like(parameter))
+        model.save_pretrained(folder / f"member-{number}")
+    return folder
 
 
 def local_grid(config: RunConfig, folder: Path) -> LocalGrid:

@@ -1,0 +1,125 @@
+"""`fedsb personalise`: a personal adapter for a client that comes after a run."""
+
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from clients import newcomer
+from clients.session import Session, Site
+from fedsb.adapters.attach import scale_of
+from fedsb.adapters.head import linear_head
+from fedsb.adapters.methods import METHODS
+from fedsb.config import RunConfig
+from fedsb.data.tasks import labels_of
+from fedsb.errors import ConfigError, StoreError
+from fedsb.report.table import evaluation_table
+from fedsb.store import adapters, checkpoint
+from fedsb.store.basis_files import load_basis
+from fedsb.validation import validated
+from server.run_folder import load_run
+
+FEW = 32  # examples up to which `auto` mixes what there is (docs/log.md)
+TASK = "own"
+
+
+class How(str, Enum):
+    """What is trained."""
+
+    auto = "auto"
+    fusion = "fusion"
+    core = "core"
+    scratch = "scratch"
+
+
+def personalise(
+    run: Annotated[Path, typer.Argument(help="folder of a finished run")],
+    client: Annotated[str, typer.Option(help="the new client's name")],
+    data: Annotated[str, typer.Option(help="its examples: a folder with train.jsonl and test.jsonl")],
+    how: Annotated[
+        How,
+        typer.Option(
+            help="fusion: mix the global and the personal cores of the run; core: go on from the global one; scratch: from "
+            f"zero; auto: fusion up to {FEW} examples, core beyond"
+        ),
+    ] = How.auto,
+    steps: Annotated[int, typer.Option(min=1, help="optimiser steps")] = 30,
+) -> None:
+    """Give a client that comes after a run an adapter of its own, publish it in the run's store, and score it."""
+    scores, said = personalised(run, client, data, how, steps)
+    print(said)
+    Console(width=None if Console().is_terminal else 120).print(evaluation_table(scores, "test"))
+
+
+def personalised(run: Path, client: str, data: str, how: How, steps: int) -> tuple[dict[str, dict[str, Any]], str]:
+    """Train, publish, score: base | global | personal → client → {loss, exact_match, n, task}, and one sentence.
+
+    Raises StoreError if the run has no checkpoint or the client is one of its own, ConfigError for a run whose privacy this would
+    break, or that has nothing to mix.
+    """
+    told = load_run(run)
+    last = checkpoint.latest(run, told.digest())
+    if last is None:
+        raise StoreError(f"{run} has no finished round yet; `fedsb simulate … --resume` goes on with it")
+    if client in told.client_names:
+        raise StoreError(f"{client} took part in {run}, which gave it an adapter; name a new client with --client")
+    method = METHODS[told.adapter.method]
+    if told.privacy.unit != "none" or told.privacy.secure_sum:
+        raise ConfigError(f"{run}: has privacy, and what a client trains here has none; train with privacy in a run of its own")
+    if method.frames != ("B", "A") or method.heads:
+        raise ConfigError(f"{run}: adapter.method = {told.adapter.method} has no single core; run one with lora-sb")
+    config = _own(told, client, data)
+    session, site = Session(config), Site(client, 0, run / "sites")
+    checkpoint.check_model(last, session.model_sha256, told.model.source)
+    basis = load_basis(run, last.basis_fingerprint)
+    session.use(basis)
+    shapes = dict(session.layout.shapes)
+    stored = {name: adapters.load(run / "adapters", name) for name in _clients(run) if name != client}
+    pool = {"global": last.state} | {
+        name: each.state
+        for name, each in stored.items()
+        if each.manifest.basis_fingerprint == basis.fingerprint
+        and {tensor: tuple(t.shape) for tensor, t in each.state.items()} == shapes
+    }
+    count = len(session.rows(site, "train"))
+    chosen = how if how is not How.auto else (How.fusion if count <= FEW and len(pool) > 1 else How.core)
+    if chosen is How.fusion and len(pool) < 2:
+        raise ConfigError(f"{run}: its store holds no personal cores to mix; take --how core")
+    vector, did = newcomer.personalised(session, site, pool, chosen.value, steps)
+    version = adapters.publish(
+        run / "adapters",
+        client,
+        session.layout.unflatten(vector),
+        base_model=adapters.ModelId(name=config.model.source, sha256=session.model_sha256),
+        method=config.adapter.method,
+        rank=config.adapter.rank,
+        basis_fingerprint=basis.fingerprint,
+        scale=scale_of(config),
+        round=last.round,
+        task=TASK,
+        standardised=linear_head(shapes) is not None,
+    )
+    found = {
+        "base": session.score_base(site),
+        "global": session.score(site, session.layout.flatten(last.state)),
+        "personal": session.score(site, vector),
+    }
+    scores = {which: {client: asdict(score) | {"task": TASK}} for which, score in found.items()}
+    return scores, f"{client}: version {version} from {count} examples, {did} → {run / 'adapters' / client}"
+
+
+def _own(told: RunConfig, client: str, data: str) -> RunConfig:
+    """The run's configuration for one client that holds its own data."""
+    table = told.model_dump(mode="json", exclude_none=True)
+    own = {"partition": "own", "tasks": [{"name": TASK, "source": f"jsonl:{data}"}], "labels": list(labels_of(told))}
+    table["data"] = {**table["data"], **own}
+    table["federation"] = {**table["federation"], "clients": 1, "min_clients": 1, "names": [client], "fraction": 1.0}
+    table["adapter"] = {**table["adapter"], "ranks": {}}
+    return validated(RunConfig, table, f"--client {client}")
+
+
+def _clients(run: Path) -> list[str]:
+    return adapters.clients(run / "adapters") if (run / "adapters").is_dir() else []
