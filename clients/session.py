@@ -216,7 +216,7 @@ class Session:
     def returned(self, site: Site, server_round: int) -> Share:
         """What of the state goes back at the end of a round."""
         if not METHODS[self.config.adapter.method].in_turn:
-            return self.share(site)
+            return share_of(self.layout, self.config.adapter.method, self.config.rank_of(site.name), up=True)
         turn = self.config.turn(server_round)
         return heads_of(self.layout, self.config.adapter.method, turn, turn)
 

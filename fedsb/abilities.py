@@ -23,6 +23,7 @@ Method = Literal[
     "flora",
     "flora-ones",
     "nola",
+    "galore",
     "lorafusion",
     "lorafusion-product",
 ]
@@ -43,7 +44,7 @@ SOURCES: dict[str, tuple[str, ...]] = {  # method → what `basis.source` may be
     "lorafusion-product": ("pool",),
     "lora-ga": ("sketch", "public"),
 }
-FOLDING = ("fedex-lora", "flora-stacking")  # what they add to the weights takes each client's own factors
+FOLDING = ("fedex-lora", "flora-stacking", "galore")  # methods that add to the weights after each round
 SCALED = (  # methods that multiply an update by alpha / rank
     "lora",
     "ffa-lora",
@@ -53,7 +54,8 @@ SCALED = (  # methods that multiply an update by alpha / rank
     "dylora",
     "flora",
     "nola",
-    *FOLDING,
+    "fedex-lora",
+    "flora-stacking",
     *RANKED_LORA,
 )
 NO_RECORDS = ("miss", "bone", "bone-row", "nola")  # methods whose trained numbers are in no module that Opacus knows

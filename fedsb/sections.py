@@ -120,7 +120,7 @@ class TrainSection(Section):
         "auto",
         description="AdamW's learning rate; `auto`: 0.64 / rank, with a `public` or `sketch` basis 0.32 / rank "
         "(as for rank 16 below it); of `ffa-lora` and `lora-xs` 4e-3, of `lora-ga` 1e-4, of the other LoRAs 2e-3, of `miss`, "
-        "`bone` and `bone-row` 4e-4, of `flora` and `flora-ones` 5e-3, of `nola` 1e-2, of `lorafusion` 2e-2, "
+        "`bone` and `bone-row` 4e-4, of `flora` and `flora-ones` 5e-3, of `nola` 1e-2, of `galore` 1e-3, of `lorafusion` 2e-2, "
         "of `ravan` 0.64 / (rank √heads)",
     )
     head_learning_rate: PositiveFloat = Field(

@@ -229,8 +229,9 @@ class Settings(Section):
             raise ValueError('basis.source = "sketch" with privacy needs privacy.epsilon, of which it takes its share; set it')
         if self.adapter.method in FOLDING and (privacy.secure_sum or privacy.unit == "client"):
             raise ValueError(
-                f'adapter.method = "{self.adapter.method}" takes each client\'s own factors, which privacy.secure_sum and '
-                'privacy.unit = "client" hide; set adapter.method = "lora-sb", or privacy.unit = "record"'
+                f'adapter.method = "{self.adapter.method}" adds to the weights after each round from each client\'s own state, '
+                'which privacy.secure_sum and privacy.unit = "client" hide; set adapter.method = "lora-sb", or '
+                'privacy.unit = "record"'
             )
         if privacy.secure_sum and (federation.weighting != "uniform" or federation.over_sample > 1):
             raise ValueError('privacy.secure_sum needs federation.weighting = "uniform" and federation.over_sample = 1; set them')

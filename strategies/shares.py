@@ -38,6 +38,7 @@ class Shares:
     sent: Tensor  # the state of the last question (size of `returns`,)
     reach: Reach
     dtype: Literal["fp32", "bf16"]
+    personal: bool = False  # whether whole personal adapters come back
     turn: int | None = None  # the head that alone comes back; None: all
     _outgoing: tuple[ArrayRecord, int, ArrayRecord] | None = (
         None  # of heads in turn: the state, the round, and what goes out of it
@@ -68,11 +69,11 @@ class Shares:
         """What comes back from a client."""
         if self.turn is not None:
             return heads_of(self.layout, self.config.adapter.method, self.turn, self.turn)
-        return share_of(self.returns, self.config.adapter.method, self.config.rank_of(client), kept=True)
+        return share_of(self.returns, self.config.adapter.method, self.config.rank_of(client), kept=True, up=not self.personal)
 
     def expect(self, arrays: ArrayRecord, plan: Plan, dtype: Literal["fp32", "bf16"], turn: int | None = None) -> None:
         """Remember which states can come back from this one, and in which dtype, for `accepted` and `usable`."""
-        self.turn = turn
+        self.turn, self.personal = turn, False
         core, head = largest_update(plan)
         reach, limit = METHODS[self.config.adapter.method].reach, self.config.federation.max_update_norm
         self.sent, self.returns = unpack_state(arrays), self.layout
@@ -94,6 +95,7 @@ class Shares:
         """
         plan = personal_plan(self.config)
         self.expect(arrays, plan, "fp32")
+        self.personal = True
         kept = kept_names(trained, METHODS[self.config.adapter.method])
         if not kept:
             return

@@ -76,6 +76,7 @@ class Method:
         native: parts → the tensors of a core in our own format; None: there is no core.
         around: (run, model, client) → what is open around each of the client's steps; None: nothing.
         kept: parts (and `head`) that stay with each client and never travel in training (`fedsb.adapters.share`).
+        down: parts that a client is sent, and neither trains nor sends.
         nested: whether its adapters may be cut to a lower rank: leading columns of B, block of the core, rows of A.
         expand: (layer → parts, layer → (out, in), rank, seed) → layer → the parts that `chain` takes, where those that are
             trained mean something only with what follows from the seed.
@@ -102,6 +103,7 @@ class Method:
     native: Callable[[Parts], dict[str, Tensor]] | None = None
     around: Callable[[RunConfig, nn.Module, str], Around] | None = None
     kept: tuple[str, ...] = ()
+    down: tuple[str, ...] = ()
     nested: bool = False
     multiplies: bool = False
     expand: Expand | None = None

@@ -29,6 +29,10 @@ class OwnLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """Part of the method → trained parameter of an adapter; nothing if the layer does not have that adapter."""
         raise NotImplementedError
 
+    def frozen(self, adapter: str) -> dict[str, Tensor]:
+        """Part of the method → what is told of an adapter besides, and not trained."""
+        return {}
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The update of the weight (out, in), of the unmerged W0, in fp32 or wider."""
         raise NotImplementedError

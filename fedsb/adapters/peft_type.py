@@ -23,3 +23,4 @@ FEDSB = _extend_peft_types("FEDSB")  # LoRA-SB
 FEDSB_BONE = _extend_peft_types("FEDSB_BONE")
 FEDSB_FLORA = _extend_peft_types("FEDSB_FLORA")
 FEDSB_NOLA = _extend_peft_types("FEDSB_NOLA")
+FEDSB_GALORE = _extend_peft_types("FEDSB_GALORE")

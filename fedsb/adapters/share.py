@@ -58,10 +58,12 @@ class Share:
 
 
 @lru_cache(maxsize=256)
-def share_of(whole: Layout, method: str, rank: int, *, kept: bool = False) -> Share:
-    """The share of a client of some rank in a state of a method; with `kept`, of all that it trains and publishes."""
+def share_of(whole: Layout, method: str, rank: int, *, kept: bool = False, up: bool = False) -> Share:
+    """The share of a client of some rank in a state of a method; with `kept`, of all that it trains and publishes; with `up`,
+    without what only goes down."""
     says = METHODS[method]
     left_out = () if kept else kept_names(whole, says)
+    left_out += tuple(name for name, _ in whole.shapes if up and _part(name) in says.down)
     shapes = [(name, says.cut(_part(name), shape, rank)) for name, shape in whole.shapes if name not in left_out]
     return Share(whole, Layout(tuple(shapes)))
 
@@ -79,6 +81,8 @@ def heads_of(whole: Layout, method: str, first: int, last: int) -> Share:
 
 def trained_size(whole: Layout, method: str) -> int:
     """How many numbers of a state learn at a time: all of them, or of heads in turn those of one."""
+    if METHODS[method].down:
+        return share_of(whole, method, whole.size, kept=True, up=True).layout.size  # a rank that cuts nothing
     return heads_of(whole, method, 0, 0).layout.size if METHODS[method].in_turn else whole.size
 
 

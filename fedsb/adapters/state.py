@@ -53,9 +53,17 @@ def parameters_of(model: nn.Module, adapter: str = "default") -> dict[str, nn.Pa
     return found
 
 
+def frozen_of(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
+    """Name → tensor of the state that is not trained."""
+    own = {name: layer for name, layer in layers_of(model).items() if isinstance(layer, OwnLinear)}
+    return {f"{path}.{part}": tensor for path, layer in own.items() for part, tensor in layer.frozen(adapter).items()}
+
+
 def told_of(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
-    """Name → tensor of the state, in the model's order: what is trained, but of RAVAN the products of heads and scales."""
+    """Name → tensor of the state, in the model's order: what is trained, but of RAVAN the products of heads and scales; and of
+    GaLore what it is projected with."""
     found: dict[str, Tensor] = {name: p.detach() for name, p in parameters_of(model, adapter).items()}
+    found |= frozen_of(model, adapter)
     for name in [name for name in found if name.endswith(SCALES) and not name.startswith(HEAD)]:
         heads = name.removesuffix(SCALES) + HEADS
         found[heads] = found.pop(name)[:, None, None] * found[heads]
@@ -82,6 +90,8 @@ def set_state(model: nn.Module, state: Mapping[str, Tensor], adapter: str = "def
     with torch.no_grad():
         for name, parameter in parameters_of(model, adapter).items():
             parameter.copy_(state[name] if name in state else torch.ones_like(parameter))  # scales are in the heads already
+        for name, tensor in frozen_of(model, adapter).items():
+            tensor.copy_(state[name])
 
 
 @dataclass(frozen=True)

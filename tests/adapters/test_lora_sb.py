@@ -16,7 +16,7 @@ from tests.adapters.samples import RANK, adapted, also, bert, gpt2, llama, snaps
 from tests.reference import adapted_linear, with_updates
 
 CORES = ("lora-sb", "nested-sb", "lora-xs", "ravan", "refreshed-sb", "lorafusion", "lorafusion-product")
-OURS = {"nola": "FEDSB_NOLA"} | (
+OURS = {"nola": "FEDSB_NOLA", "galore": "FEDSB_GALORE"} | (
     dict.fromkeys(CORES, "FEDSB")
     | dict.fromkeys(("bone", "bone-row"), "FEDSB_BONE")
     | dict.fromkeys(("flora", "flora-ones"), "FEDSB_FLORA")
@@ -298,8 +298,8 @@ def test_the_table_of_methods_builds_what_it_says() -> None:
         assert config.peft_type.value == TYPES[name]
         assert set(method.frames) <= {"B", "A"} and method.parts
         assert (method.chain is None) != (method.dense is None)
-        sizes = {"out": 7, "in": 9, "r": RANK, "out/r": 3, "in/r": 5, "h": 3}
+        sizes = {"out": 7, "in": 9, "r": RANK, "out/r": 3, "in/r": 5, "h": 3, "k": 6}
         for part, letters in method.parts.items():
             shape = tuple(sizes[letter] for letter in letters)
-            assert method.fits(part, shape, RANK) and not method.fits(part, shape, RANK + 1)
+            assert method.fits(part, shape, RANK) and (method.fits(part, shape, RANK + 1) != ("r" in letters))
             assert not method.fits(part, (*shape, 1), RANK) and not method.fits("other", shape, RANK)

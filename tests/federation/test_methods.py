@@ -17,9 +17,9 @@ from clients.session import Session, Site
 from fedsb.abilities import FOLDING, FUSING, HEADED, NO_RECORDS, RANKED, SCALED
 from fedsb.adapters.attach import restarted, scale_of, shapes_of, start_state
 from fedsb.adapters.bone import BoneLinear
-from fedsb.adapters.flora_stacking import stacked
 from fedsb.adapters.head import features_of
 from fedsb.adapters.methods import METHODS
+from fedsb.adapters.share import share_of
 from fedsb.adapters.state import HEAD, get_state, layers_of, set_state
 from fedsb.aggregation.folding import fold_of
 from fedsb.basis.frames import Basis
@@ -184,8 +184,10 @@ def test_the_aggregation_error_is_that_of_the_dense_updates(method: str, llama: 
     if METHODS[method].kept:
         assert summary["aggregation_error"] is None, "the server never sees an update"
         return
-    layout = Session(run).layout
-    updates = [dense(run, layout.unflatten(vector)) for vector in sent]
+    layout, before = Session(run).layout, get_state(started(run).model)
+    share = share_of(layout, method, run.adapter.rank, up=True)
+    whole = [share.put(vector, layout.flatten(before)) for vector in sent]  # what only goes down is as it was
+    updates = [dense(run, layout.unflatten(vector)) for vector in (sent if METHODS[method].in_turn else whole)]
     mean = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
     got = dense(run, final_state(tmp_path), last_basis(tmp_path))
     norm = sum(float(m.square().sum()) for m in mean.values()) ** 0.5
@@ -210,7 +212,9 @@ def test_one_client_alone_is_local_training(method: str, llama: str, words: str,
         vector = session.train(site, vector, round_plan(run, number)).vector
         state = layout.unflatten(vector)
         if METHODS[method].restarts:
-            basis = basis.fold(fold_of(stacked, [(state, 1.0)], state, 1.0))
+            rule = METHODS[method].fold
+            assert rule
+            basis = basis.fold(fold_of(rule, [(state, 1.0)], state, 1.0))
             session.use(basis)
             vector = layout.flatten(restarted(layout, run.seed, number, state))
     whole = layout.unflatten(vector)
