@@ -71,7 +71,7 @@ def personalised(run: Path, client: str, data: str, how: How, steps: int) -> tup
         raise ConfigError(f"{run}: has privacy, and what a client trains here has none; train with privacy in a run of its own")
     if method.frames != ("B", "A") or method.heads:
         raise ConfigError(f"{run}: adapter.method = {told.adapter.method} has no single core; run one with lora-sb")
-    config = _own(told, client, data)
+    config = own_config(told, client, data)
     session, site = Session(config), Site(client, 0, run / "sites")
     checkpoint.check_model(last, session.model_sha256, told.model.source)
     basis = load_basis(run, last.basis_fingerprint)
@@ -111,7 +111,7 @@ def personalised(run: Path, client: str, data: str, how: How, steps: int) -> tup
     return scores, f"{client}: version {version} from {count} examples, {did} → {run / 'adapters' / client}"
 
 
-def _own(told: RunConfig, client: str, data: str) -> RunConfig:
+def own_config(told: RunConfig, client: str, data: str) -> RunConfig:
     """The run's configuration for one client that holds its own data."""
     table = told.model_dump(mode="json", exclude_none=True)
     own = {"partition": "own", "tasks": [{"name": TASK, "source": f"jsonl:{data}"}], "labels": list(labels_of(told))}
