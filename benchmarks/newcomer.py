@@ -2,8 +2,8 @@
 
     python -m benchmarks.newcomer --data ../shared/data --out /tmp/newcomer
 
-MiniLM on Banking77 (LoRA-SB, rank 32), its rows dealt to 20 clients and some newcomers by Dirichlet(0.3), so that each has some of
-the 77 intents. The clients federate and personalise as `configs/banking77.toml` says, but for fewer rounds (`--rounds`). Each
+MiniLM on Banking77 (LoRA-SB, rank 32), its rows dealt to 20 clients and some newcomers by Dirichlet(0.3), so that each has some
+of the 77 intents. The clients federate and personalise as `configs/banking77.toml` says, but for fewer rounds (`--rounds`). Each
 newcomer then has 8, 32 or 128 of its own examples, and is scored on its own test rows with
 
     global      the global core as it is
@@ -12,8 +12,8 @@ newcomer then has 8, 32 or 128 of its own examples, and is scored on its own tes
     fusion      a mixture of the global and the personal cores (`fedsb.training.fusion`)
     nola        NOLA trained from the base model
 
-each for the same steps. Figures `WAY_COUNT`: accuracy, the mean over newcomers and seeds; `peer` is that of `global`. One JSON line
-a seed, newcomer, count and way in OUT/results.jsonl; what is there is not run again.
+each for the same steps. Figures `WAY_COUNT`: accuracy, the mean over newcomers and seeds; `peer` is that of `global`. One JSON
+line a seed, newcomer, count and way in OUT/results.jsonl; what is there is not run again.
 """
 
 import argparse
