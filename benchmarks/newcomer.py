@@ -102,7 +102,7 @@ def scored(options: argparse.Namespace, seed: int, missing: Sequence[tuple[int, 
     sb = Session(config)
     sb.use(load_basis(run, last.basis_fingerprint))
     store = run / "adapters"
-    pool = {"global": last.state} | {name: adapters.load(store, name).state for name in adapters.clients(store)}
+    pool = {newcomer.SHARED: last.state} | {name: adapters.load(store, name).state for name in adapters.clients(store)}
     nola = Session(config.model_copy(update={"adapter": config.adapter.model_copy(update={"method": "nola", "rank": 16})}))
     for number, count, way in missing:
         site = Site(f"new-{number}-{count}", 0, run / "sites")

@@ -12,6 +12,9 @@ from fedsb.training.loop import learning_rate, personal_plan
 FUSION_RATE = 5e-2  # of coefficients, of which an adapter alone is 1
 
 
+SHARED = "the global core"  # in the pool; no site's name has a blank
+
+
 def personalised(
     session: Session, site: Site, pool: Mapping[str, Mapping[str, Tensor]], how: str, steps: int
 ) -> tuple[Tensor, str]:
@@ -20,9 +23,9 @@ def personalised(
     Args:
         session: with the run's basis.
         site: the client.
-        pool: name → state; `global` is among them.
-        how: "fusion": a mixture of the pool, from the one that fits the client's examples best; "core": on from `global`, at the
-            rate of `[personal]`; "scratch": from the base model, at the rate of training.
+        pool: name → state; `SHARED` is among them.
+        how: "fusion": a mixture of the pool, from the one that fits the client's examples best; "core": on from the global core,
+            at the rate of `[personal]`; "scratch": from the base model, at the rate of training.
         steps: of AdamW.
     """
     plan = replace(personal_plan(session.config), count=steps)
@@ -30,7 +33,7 @@ def personalised(
         if how == "scratch":
             head = session.config.train.head_learning_rate
             plan = replace(plan, learning_rate=learning_rate(session.config), head_learning_rate=head)
-        start = session.base_vector() if how == "scratch" else session.layout.flatten(pool["global"])
+        start = session.base_vector() if how == "scratch" else session.layout.flatten(pool[SHARED])
         return session.train(site, start, plan).vector, "a core of its own" + (" from the global one" if how == "core" else "")
     losses = {name: session.score(site, session.layout.flatten(state), "train").loss for name, state in pool.items()}
     best = min(losses, key=lambda name: losses[name])

@@ -78,7 +78,9 @@ class Shares:
         reach, limit = METHODS[self.config.adapter.method].reach, self.config.federation.max_update_norm
         self.sent, self.returns = unpack_state(arrays), self.layout
         sent = self.layout.unflatten(self.sent)
+        method = METHODS[self.config.adapter.method]
         largest = {name: torch.full_like(t, head) if name.startswith(HEAD) else reach(core, t) for name, t in sent.items()}
+        largest |= {name: torch.zeros_like(t) for name, t in sent.items() if name.rpartition(".")[2] in method.down}
         self.reach = Reach.of(
             self.sent,
             self.layout.flatten(largest),

@@ -9,6 +9,7 @@ from peft import TaskType, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from fedsb.abilities import FUSING
 from fedsb.adapters.head import Features, features_of, linear_head, standardise
 from fedsb.adapters.lora import start_of_a
 from fedsb.adapters.methods import METHODS
@@ -63,7 +64,8 @@ def attach(model: Any, config: RunConfig, tokenizer: Any = None) -> Any:
             f"its linear layers are {', '.join(names)}"
         ) from error
     layers = layers_of(peft_model)
-    check_rank(shapes_of(peft_model), adapter.rank)
+    if adapter.method not in FUSING:  # a pool's frames are not orthonormal, so they need no room
+        check_rank(shapes_of(peft_model), adapter.rank)
     smallest = min(min(shape) for shape in shapes_of(peft_model).values())
     if method.start is not None and 2 * adapter.rank > smallest:
         raise BasisError(

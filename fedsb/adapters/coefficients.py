@@ -39,7 +39,7 @@ def unpack(tensors: Mapping[str, Tensor], count: int, width: int) -> Tensor:
     """
     codes, steps = tensors[CODES], tensors.get(STEPS)
     rows = codes.float()
-    if codes.dtype == torch.uint8:
+    if codes.dtype == torch.uint8 and codes.numel() == -(-count * width // 2):
         rows = (torch.stack([codes & 15, codes >> 4], 1).flatten()[: count * width].float() - 8).view(-1, width)
     if rows.shape != (count, width) or (steps is not None and steps.shape != (count,)):
         raise AdapterError(

@@ -86,7 +86,7 @@ class Inwards(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiplied with each row of A."""
-        return x.unsqueeze(-2) * self.weight.to(x.dtype)
+        return (x.unsqueeze(-2) * self.weight).to(x.dtype)  # in fp32: near 1, bf16 has no numbers for what is learnt
 
 
 class Outwards(nn.Module):
@@ -98,7 +98,7 @@ class Outwards(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Each z_j multiplied with its column of B, and summed."""
-        return (z * self.weight.T.to(z.dtype)).sum(-2)
+        return (z * self.weight.T).sum(-2).to(z.dtype)
 
 
 class FloraLinear(OwnLinear):
@@ -170,7 +170,7 @@ class FloraLinear(OwnLinear):
         ones = [name in held and self.forms[name] == "ones" for name in names]
         ranks = [self.trained(name)[NAMES[self.forms[name]][0]].shape[0] for name in held]
         width = max(ranks, default=0) + (not all(ones))
-        a, b = x.new_zeros(len(names), width, self.in_features), x.new_zeros(len(names), width, self.out_features)
+        a, b = (torch.zeros(len(names), width, size, device=x.device) for size in (self.in_features, self.out_features))
         for at, name in enumerate(names):
             if not ones[at]:
                 a[at, -1], b[at, -1] = 1, 1
@@ -194,8 +194,8 @@ def batched(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     Returns (n, …, out).
     """
     shape = (len(x), *[1] * (x.ndim - 2), a.shape[1])
-    z = functional.linear(x.unsqueeze(-2) * a.view(*shape, -1), weight)  # (n, …, r, out)
-    return (z * b.view(*shape, -1)).sum(-2)
+    z = functional.linear((x.unsqueeze(-2) * a.view(*shape, -1)).to(x.dtype), weight)  # (n, …, r, out)
+    return (z * b.view(*shape, -1)).sum(-2).to(x.dtype)
 
 
 class FloraModel(OwnTuner):

@@ -27,7 +27,7 @@ from fedsb.adapters.method import Method, Parts
 from fedsb.adapters.own_layer import BASE, OwnLinear
 from fedsb.adapters.own_tuner import OwnTuner, check_names
 from fedsb.adapters.peft_type import FEDSB_GALORE
-from fedsb.basis.spectral import random_orthonormal
+from fedsb.basis.spectral import check_rank, random_orthonormal
 from fedsb.errors import AdapterError
 
 
@@ -87,7 +87,8 @@ class GaloreLinear(OwnLinear):
         n = nn.Linear(self.in_features, r, bias=False, device=device, dtype=torch.float32)
         nn.init.zeros_(n.weight)
         self.fedsb_galore_n[adapter_name] = n
-        p = torch.empty(self.out_features, r, device="meta") if device.type == "meta" else _drawn((self.out_features, r), None)
+        shape = (self.out_features, min(r, self.out_features))  # of a larger rank `check` says what is wrong
+        p = torch.empty(shape, device="meta") if device.type == "meta" else _drawn(shape, None)
         self.fedsb_galore_p[adapter_name] = Projector(p.to(device))
         self.set_adapter(self.active_adapters)
 
@@ -139,6 +140,10 @@ class GaloreModel(OwnTuner):
     def told(self, config: GaloreConfig) -> tuple[int]:
         """The rank."""
         return (config.r,)
+
+    def check(self, layers: dict[str, Any], config: GaloreConfig, adapter_name: str) -> None:
+        """Hold the rank against all layers, so that the smallest is named."""
+        check_rank({name: (layer.out_features, layer.in_features) for name, layer in layers.items()}, config.r)
 
 
 register_peft_method(name="fedsb_galore", config_cls=GaloreConfig, model_cls=GaloreModel, prefix="fedsb_galore_")

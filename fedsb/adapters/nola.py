@@ -77,13 +77,14 @@ class NolaConfig(PeftConfig):
 
 
 class Combined:
-    """A or B of all layers that share random matrices, made together, and again when a coefficient has changed."""
+    """A or B of all layers that share random matrices, made together, and again when a layer finds that its coefficients have
+    changed. A change in place behind `parameter.data` is not seen, as torch keeps no count of it; `copy_` under `no_grad` is."""
 
     def __init__(self, side: Side) -> None:
         self.side = side
         self._members: list[tuple[NolaLinear, str]] = []
         self._made: Tensor | None = None
-        self._state: list[Any] = []
+        self._states: list[Any] = []  # of each member's coefficients, when it was made
 
     def join(self, layer: "NolaLinear", adapter: str) -> int:
         """Take part with a layer's coefficients; its number."""
@@ -91,18 +92,27 @@ class Combined:
         return len(self._members) - 1
 
     def of(self, number: int) -> Tensor:
-        """A layer's factor, through which gradients go to its coefficients."""
-        # asked anew each time: PEFT may have replaced them
-        part = "alpha" if self.side.side == "A" else "beta"
-        coefficients: list[Tensor] = [layer.trained(adapter)[part] for layer, adapter in self._members]
-        state: list[Any] = [torch.is_grad_enabled(), *((id(c), c._version, c.data_ptr(), c.requires_grad) for c in coefficients)]
-        if self._made is None or state != self._state:
-            self._made, self._state = combined(torch.stack(coefficients), self.side), state
-        return self._made[number]
+        """A layer's factor, through which gradients go to its coefficients; on their device."""
+        own = self._coefficients(number)
+        if self._made is None or _state(own) != self._states[number]:
+            every = [self._coefficients(member) for member in range(len(self._members))]
+            self._made = combined(torch.stack([each.to(own.device) for each in every]), self.side)
+            self._states = [_state(each) for each in every]
+        return self._made[number].to(own.device)
+
+    def _coefficients(self, number: int) -> Tensor:
+        layer, adapter = self._members[number]  # asked anew each time: PEFT may have replaced them
+        return layer.trained(adapter)["alpha" if self.side.side == "A" else "beta"]
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies of a model: without what was made, which torch does not copy where gradients go through it."""
         return self.__dict__ | {"_made": None}
+
+
+def _state(c: Tensor) -> tuple[Any, ...]:
+    """What is another once a tensor was changed."""
+    version = -1 if c.is_inference() else c._version  # of an inference tensor torch keeps no count
+    return torch.is_grad_enabled(), id(c), version, c.data_ptr(), c.requires_grad
 
 
 class NolaLinear(OwnLinear):
@@ -127,6 +137,12 @@ class NolaLinear(OwnLinear):
         self.configs[adapter_name] = config
         self.share(adapter_name, {})
         self.set_adapter(self.active_adapters)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; what was made of it goes too."""
+        super().delete_adapter(adapter_name)
+        self.shared.pop(adapter_name, None)
+        self.configs.pop(adapter_name, None)
 
     def sides(self, adapter: str) -> tuple[Side, Side]:
         """Where A and B come from."""

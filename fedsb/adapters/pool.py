@@ -29,19 +29,23 @@ def members_of(pool: Path) -> list[Path]:
 
 
 def read_lora(folder: Path) -> Lora:
-    """A plain LoRA. Raises BasisError if it is none, or of a kind that is more than B·A (DoRA, trained biases)."""
+    """A plain LoRA; a head that was trained with it is not taken. Raises BasisError if it is none, or of a kind that is more than
+    B·A on the original weights (DoRA, trained biases, PiSSA)."""
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
         tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
+        if config.get("peft_type") == "LORA":
+            rank, alpha = int(config["r"]), float(config["lora_alpha"])
+            scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, LookupError, SafetensorError) as error:
         raise BasisError(f"{folder}: is no adapter that can be read ({error}); fetch or export it again") from error
-    odd = [key for key in ("use_dora", "use_qalora", "lora_bias") if config.get(key)]
+    odd = [key for key in ("use_dora", "use_qalora", "lora_bias", "fan_in_fan_out") if config.get(key)]
     odd += [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):  # such as pissa, which changes W0 too
+        odd.append(f"init_lora_weights = {config['init_lora_weights']}")
     if config.get("peft_type") != "LORA" or odd or config.get("bias", "none") != "none":
         what = f"has {odd[0]}" if odd else f"is of type {config.get('peft_type')} with bias {config.get('bias', 'none')}"
         raise BasisError(f"{folder}: {what}, and a pool takes plain LoRAs; export it with --format lora, or take it out")
-    rank = int(config["r"])
-    scale = float(config["lora_alpha"]) / (rank**0.5 if config.get("use_rslora") else rank)
     found: Lora = {}
     for name, a in tensors.items():
         if name.endswith(".lora_A.weight"):

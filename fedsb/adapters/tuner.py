@@ -100,7 +100,8 @@ class LoraSbModel(OwnTuner):
 
         On loading, `_remap_adapter_state_dict_for_load` has the last word on the basis.
         """
-        check_rank({name: (layer.out_features, layer.in_features) for name, layer in layers.items()}, config.r)
+        if not isinstance(config, LoraFusionConfig):  # a pool's frames are not orthonormal, so they need no room
+            check_rank({name: (layer.out_features, layer.in_features) for name, layer in layers.items()}, config.r)
         if config.basis != "later" and config.basis_fingerprint is None:  # else it comes later, or from a file
             _build(self.model, config, adapter_name)
 

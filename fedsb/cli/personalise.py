@@ -20,10 +20,10 @@ from fedsb.report.table import evaluation_table
 from fedsb.store import adapters, checkpoint
 from fedsb.store.basis_files import load_basis
 from fedsb.validation import validated
-from server.run_folder import load_run
+from server.run_folder import alone, load_run
 
-FEW = 32  # examples up to which `auto` mixes what there is (docs/log.md)
-TASK = "own"
+FEW = 32  # examples up to which `auto` mixes what there is
+TASK = "newcomer"  # of what this command publishes, by which it knows its own again
 
 
 class How(str, Enum):
@@ -55,33 +55,43 @@ def personalise(
 
 
 def personalised(run: Path, client: str, data: str, how: How, steps: int) -> tuple[dict[str, dict[str, Any]], str]:
-    """Train, publish, score: base | global | personal → client → {loss, exact_match, n, task}, and one sentence.
+    """Train, score, publish: base | global | personal → client → {loss, exact_match, n, task}, and one sentence.
 
-    Raises StoreError if the run has no checkpoint or the client is one of its own, ConfigError for a run whose privacy this would
-    break, or that has nothing to mix.
+    Raises StoreError if the run is not finished or the client has an adapter of it, ConfigError for a run whose privacy this
+    would break, or that has nothing to mix; then nothing is published.
     """
     told = load_run(run)
+    if not (run / "summary.json").exists():
+        raise StoreError(f"{run} is not finished; `fedsb simulate … --resume` goes on with it")
+    with alone(run):
+        return _personalised(run, told, client, data, how, steps)
+
+
+def _personalised(
+    run: Path, told: RunConfig, client: str, data: str, how: How, steps: int
+) -> tuple[dict[str, dict[str, Any]], str]:
     last = checkpoint.latest(run, told.digest())
-    if last is None:
-        raise StoreError(f"{run} has no finished round yet; `fedsb simulate … --resume` goes on with it")
-    if client in told.client_names:
-        raise StoreError(f"{client} took part in {run}, which gave it an adapter; name a new client with --client")
-    method = METHODS[told.adapter.method]
+    assert last is not None  # of a finished run
+    method, store = METHODS[told.adapter.method], run / "adapters"
     if told.privacy.unit != "none" or told.privacy.secure_sum:
         raise ConfigError(f"{run}: has privacy, and what a client trains here has none; train with privacy in a run of its own")
     if method.frames != ("B", "A") or method.heads:
         raise ConfigError(f"{run}: adapter.method = {told.adapter.method} has no single core; run one with lora-sb")
+    stored = {name: adapters.load(store, name) for name in (adapters.clients(store) if store.is_dir() else [])}
+    if client in told.client_names or (client in stored and stored[client].manifest.task != TASK):
+        raise StoreError(f"{client} took part in {run}, which gave it an adapter; name a new client with --client")
     config = own_config(told, client, data)
     session, site = Session(config), Site(client, 0, run / "sites")
     checkpoint.check_model(last, session.model_sha256, told.model.source)
     basis = load_basis(run, last.basis_fingerprint)
     session.use(basis)
+    session.examples(site, "test")  # now, so that nothing is trained where they cannot be read
     shapes = dict(session.layout.shapes)
-    stored = {name: adapters.load(run / "adapters", name) for name in _clients(run) if name != client}
-    pool = {"global": last.state} | {
+    pool = {newcomer.SHARED: last.state} | {
         name: each.state
         for name, each in stored.items()
-        if each.manifest.basis_fingerprint == basis.fingerprint
+        if name != client
+        and each.manifest.basis_fingerprint == basis.fingerprint
         and {tensor: tuple(t.shape) for tensor, t in each.state.items()} == shapes
     }
     count = len(session.rows(site, "train"))
@@ -89,8 +99,13 @@ def personalised(run: Path, client: str, data: str, how: How, steps: int) -> tup
     if chosen is How.fusion and len(pool) < 2:
         raise ConfigError(f"{run}: its store holds no personal cores to mix; take --how core")
     vector, did = newcomer.personalised(session, site, pool, chosen.value, steps)
+    found = {
+        "base": session.score_base(site),
+        "global": session.score(site, session.layout.flatten(last.state)),
+        "personal": session.score(site, vector),
+    }
     version = adapters.publish(
-        run / "adapters",
+        store,
         client,
         session.layout.unflatten(vector),
         base_model=adapters.ModelId(name=config.model.source, sha256=session.model_sha256),
@@ -102,24 +117,17 @@ def personalised(run: Path, client: str, data: str, how: How, steps: int) -> tup
         task=TASK,
         standardised=linear_head(shapes) is not None,
     )
-    found = {
-        "base": session.score_base(site),
-        "global": session.score(site, session.layout.flatten(last.state)),
-        "personal": session.score(site, vector),
-    }
     scores = {which: {client: asdict(score) | {"task": TASK}} for which, score in found.items()}
-    return scores, f"{client}: version {version} from {count} examples, {did} → {run / 'adapters' / client}"
+    return scores, f"{client}: version {version} from {count} examples, {did} → {store / client}"
 
 
 def own_config(told: RunConfig, client: str, data: str) -> RunConfig:
-    """The run's configuration for one client that holds its own data."""
+    """The run's configuration for one client that holds its own data, and aggregates nothing."""
     table = told.model_dump(mode="json", exclude_none=True)
     own = {"partition": "own", "tasks": [{"name": TASK, "source": f"jsonl:{data}"}], "labels": list(labels_of(told))}
-    table["data"] = {**table["data"], **own}
-    table["federation"] = {**table["federation"], "clients": 1, "min_clients": 1, "names": [client], "fraction": 1.0}
+    table["data"] = {**table["data"], **own, "validation": 0.0}
+    alone = {"clients": 1, "min_clients": 1, "names": [client], "fraction": 1.0, "over_sample": 1.0}
+    table["federation"] = {**table["federation"], **alone}
     table["adapter"] = {**table["adapter"], "ranks": {}}
-    return validated(RunConfig, table, f"--client {client}")
-
-
-def _clients(run: Path) -> list[str]:
-    return adapters.clients(run / "adapters") if (run / "adapters").is_dir() else []
+    table["evaluation"] = {**table["evaluation"], "split": "test"}
+    return validated(RunConfig, {name: section for name, section in table.items() if name != "strategy"}, f"--client {client}")

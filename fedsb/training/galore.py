@@ -8,16 +8,19 @@ matrix are m·r + 2·r·n numbers instead of 2·m·n.
 
 With `per_layer` a gradient is projected and dropped in the backward pass, as soon as it is there (post-accumulate hooks), so
 that never more than one whole gradient lives. What is projected of several backward passes is added up (projecting is linear),
-and `step()` takes the step: so gradient accumulation is what it is without `per_layer`. The released per-layer mode steps in
-every backward pass. A new P is taken from the first gradient that comes when it is due.
+and `step()` takes the step: so gradient accumulation is what it is without `per_layer`, but that a P which is due is taken from
+the first of them. The released per-layer mode steps in every backward pass. Nobody else sees such gradients: clipping them has no
+effect, and only the optimiser's own `zero_grad()` drops what was gathered.
 """
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from fedsb.basis.spectral import ITERATIONS, OVERSAMPLING
 
@@ -56,20 +59,36 @@ class GaLoreAdamW(Optimizer):
         scale: float = 0.25,
         per_layer: bool = False,
     ) -> None:
+        self._per_layer = per_layer
+        self._hooks: list[RemovableHandle] = []
+        self._gathered: dict[nn.Parameter, Tensor] = {}  # per layer: R of this step so far
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rank": None, "gap": gap, "scale": scale}
         super().__init__(params, defaults)
-        for group in self.param_groups:
-            if group["rank"] is not None and (group["rank"] < 1 or any(p.ndim != 2 for p in group["params"])):
-                raise ValueError(f"rank = {group['rank']}: matrices alone are projected, at a rank from 1 on; take others out")
-        self._gathered: dict[nn.Parameter, Tensor] = {}  # per layer: R of this step so far
-        if per_layer:
-            for group in self.param_groups:
-                for p in group["params"] if group["rank"] is not None else ():
-                    p.register_post_accumulate_grad_hook(lambda p, group=group: self._gather(p, group))
 
-    def _gather(self, p: nn.Parameter, group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, with `rank` checked; raises as `__init__`."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group["rank"] is None:
+            return
+        if group["rank"] < 1 or any(p.ndim != 2 for p in group["params"]):
+            self.param_groups.pop()
+            raise ValueError(f"rank = {group['rank']}: matrices alone are projected, at a rank from 1 on; take others out")
+        for p in group["params"] if self._per_layer else ():
+            self._hooks.append(p.register_post_accumulate_grad_hook(_gather_into(weakref.ref(self))))
+
+    def close(self) -> None:
+        """Leave the parameters' gradients alone from now on, for another optimiser."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._gathered.clear()
+
+    def gather(self, p: nn.Parameter) -> None:
         """Add a gradient's projection to what there is of this step, and drop the gradient."""
-        assert p.grad is not None
+        if p.grad is None:
+            raise RuntimeError("another per-layer optimiser has taken this gradient; close() that one first")
+        group = next(group for group in self.param_groups if any(q is p for q in group["params"]))
         projected = self._project(p, p.grad, group)
         self._gathered[p] = projected if p not in self._gathered else self._gathered[p].add_(projected)
         p.grad = None
@@ -140,6 +159,18 @@ class GaLoreAdamW(Optimizer):
         size = (square / (1 - second ** state["step"])).sqrt_().add_(eps)
         move: Tensor = mean / (1 - first ** state["step"]) / size
         return move
+
+
+def _gather_into(optimiser: "weakref.ref[GaLoreAdamW]") -> Callable[[Tensor], None]:
+    """A hook that outlives no optimiser."""
+
+    def gather(p: Tensor) -> None:
+        found = optimiser()
+        if found is not None:
+            assert isinstance(p, nn.Parameter)
+            found.gather(p)
+
+    return gather
 
 
 def _wide(p: Tensor) -> bool:

@@ -217,6 +217,16 @@ def test_only_the_vectors_are_trained_and_they_are_fp32(form: str, dtype: torch.
     assert all(torch.equal(frozen[name], p) for name, p in snapshot(model).items())
 
 
+def test_small_changes_of_ones_count_in_a_bf16_model_too() -> None:
+    """1.003 is 1 in bf16."""
+    model = _adapted(llama(BF16), "ones", random=False, r=1)
+    plain = model(tokens()).logits
+    with torch.no_grad():
+        for parameter in parameters_of(model).values():
+            parameter += 0.003
+    assert not torch.equal(model(tokens()).logits, plain)
+
+
 @FORMS
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_merge_and_unmerge_restore_every_bit(form: str, dtype: torch.dtype) -> None:

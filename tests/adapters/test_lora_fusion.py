@@ -82,6 +82,19 @@ def test_the_sum_starts_from_the_base_model_and_the_product_from_the_first_adapt
     torch.testing.assert_close(_adapted(pool, "product", random=False)(tokens()).logits, first(tokens()).logits)
 
 
+def test_members_may_have_more_rank_than_a_layer_has_room_for(tmp_path: Path) -> None:
+    """As exports that are filled up to the largest layer's rank have."""
+    wide = get_peft_model(llama(), LoraConfig(r=20, lora_alpha=20, target_modules="all-linear"))  # k_proj has 16 outputs
+    randomise(wide, "default", 1)
+    wide.save_pretrained(tmp_path / "pool" / "wide")
+    model = get_peft_model(llama(), LoraFusionConfig(r=20, pool=[str(tmp_path / "pool" / "wide")], magnitudes=False)).eval()
+    with torch.no_grad():
+        for parameter in parameters_of(model).values():
+            parameter.fill_(1)
+    expected = PeftModel.from_pretrained(llama(), tmp_path / "pool" / "wide")(tokens()).logits
+    torch.testing.assert_close(model(tokens()).logits, expected, atol=1e-3, rtol=1e-3)
+
+
 @READINGS
 def test_gradients_are_those_of_finite_differences(reading: str) -> None:
     """The released code's gradient is 2·c·⟨…⟩, which is 0 at c = 0 and of the wrong sign below."""
@@ -148,7 +161,8 @@ def test_counts_are_the_papers() -> None:
     magnitudes = sum(size for name, size in sizes.items() if name.endswith("magnitude"))
     coefficients = sum(size for name, size in sizes.items() if name.endswith("fusion"))
     assert len(sizes) == 2 * 144 and magnitudes == 147_456 and coefficients == 144 * 20
-    assert magnitudes + 48 * 20 == 148_416, "the paper's count, where the matrices of a block share coefficients"
+    blocks = {".".join(name.split(".")[:3]) for name in sizes}
+    assert magnitudes + 20 * len(blocks) == 148_416, "the paper's count, where the matrices of a block share coefficients"
     with init_empty_weights():
         lora = get_peft_model(T5ForConditionalGeneration(config), LoraConfig(r=16, target_modules=["q", "v"]))
     assert sum(parameter.numel() for parameter in parameters_of(lora).values()) == 4_718_592
@@ -214,12 +228,22 @@ def test_pools_that_cannot_be_are_refused(pool: Path, tmp_path: Path) -> None:
     for change, said in (
         ({"use_dora": True}, "has use_dora, and a pool takes plain LoRAs"),
         ({"rank_pattern": {"q_proj": 1}}, "has rank_pattern"),
+        ({"init_lora_weights": "pissa"}, "has init_lora_weights = pissa"),
+        ({"r": 0}, "is no adapter that can be read"),
+        ({"r": "x"}, "is no adapter that can be read"),
+        ({"lora_alpha": None}, "is no adapter that can be read"),
         ({"peft_type": "IA3"}, "is of type IA3"),
         ({"bias": "all"}, "with bias all"),
     ):
         file.write_text(json.dumps(told | change))
         with pytest.raises(BasisError, match=said):
             read_lora(file.parent)
+    file.write_text("[]")
+    with pytest.raises(BasisError, match="is no adapter that can be read"):
+        read_lora(file.parent)
+    file.write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(BasisError, match="is no adapter that can be read"):
+        read_lora(file.parent)
     file.write_text("{")
     with pytest.raises(BasisError, match="is no adapter that can be read"):
         read_lora(file.parent)

@@ -186,7 +186,7 @@ def test_nobody_elses_random_numbers_are_touched() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_changed_coefficients_are_seen_however_they_changed() -> None:
+def test_changed_coefficients_are_seen() -> None:
     model, other = _adapted(llama()), _adapted(llama())
     first = model(tokens()).logits
     randomise(other, "default", 2)
@@ -198,6 +198,23 @@ def test_changed_coefficients_are_seen_however_they_changed() -> None:
         parameter.data = source.detach().clone()
     torch.testing.assert_close(model(tokens()).logits, first)
     torch.testing.assert_close(copy.deepcopy(model)(tokens()).logits, first)
+
+
+def test_a_warm_pass_asks_each_layer_for_its_own_coefficients_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = _adapted(llama()), []
+    trained = NolaLinear.trained
+    with torch.no_grad():
+        model(tokens())
+        monkeypatch.setattr(NolaLinear, "trained", lambda self, name: (asked.append(self), trained(self, name))[1])
+        model(tokens())
+    assert len(asked) == 2 * 14, "A and B of each layer"
+
+
+def test_an_adapter_made_without_a_count_of_versions_works() -> None:
+    with torch.inference_mode():
+        model = _adapted(llama())
+        found = model(tokens()).logits
+    torch.testing.assert_close(found, _adapted(llama())(tokens()).logits)
 
 
 @pytest.mark.parametrize(
@@ -237,8 +254,10 @@ def test_rows_of_a_batch_go_through_adapters_of_their_own() -> None:
             model.set_adapter(name)
             alone = model(ids[row : row + 1]).logits[0]
         torch.testing.assert_close(mixed[row], alone, atol=1e-4, rtol=1e-4)
+    before = model(ids, adapter_names=["second", "__base__", "second", "default"]).logits
     model.delete_adapter("wide")
-    assert torch.equal(model(ids).logits, model(ids).logits)
+    assert not any("wide" in layer.shared for _, layer in _nola_layers(model))
+    assert torch.equal(model(ids, adapter_names=["second", "__base__", "second", "default"]).logits, before)
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
@@ -301,6 +320,12 @@ def test_files_that_are_not_of_this_model_are_refused(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "small" / "adapter_model.bin")
     with pytest.raises(AdapterError, match="and so no NOLA"):
         PeftModel.from_pretrained(llama(), tmp_path / "small")
+
+
+def test_a_file_with_too_few_codes_is_refused() -> None:
+    packed = pack(torch.ones(4, 5), 4)
+    with pytest.raises(AdapterError, match="holds other coefficients than 6 times 5"):
+        unpack(packed, 6, 5)
 
 
 def test_settings_that_make_no_nola() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,50 @@ def test_what_cannot_be(run: Path, own: Path, task: str, tmp_path: Path, capsys:
     assert "client-1 took part in" in complaint(capsys, "personalise", str(run), "--client", "client-1", *told)
     assert "nowhere" in complaint(capsys, "personalise", str(tmp_path / "nowhere"), "--client", "new", *told)
     assert "A b" in complaint(capsys, "personalise", str(run), "--client", "A b", *told)
+    halved = tmp_path / "halved"
+    halved.mkdir()
+    (halved / "train.jsonl").write_text((own / "train.jsonl").read_text())
+    said = complaint(capsys, "personalise", str(run), "--client", "new", "--data", str(halved))
+    assert "test.jsonl" in said
     nothing = ["--data", str(tmp_path / "no-data")]
     assert "no-data" in complaint(capsys, "personalise", str(run), "--client", "new", *nothing)
     assert "new" not in adapters.clients(run / "adapters")
+
+
+def test_a_newcomer_may_come_again_and_may_be_called_anything(run: Path, own: Path, capsys: Capture) -> None:
+    for version in (1, 2):
+        assert call("personalise", str(run), "--client", "global", "--data", str(own), "--steps", "1") == 0
+        assert f"global: version {version} from 8 examples" in capsys.readouterr().out
+    assert call("personalise", str(run), "--client", "another", "--data", str(own), "--steps", "1") == 0
+    stored = len(adapters.clients(run / "adapters"))
+    assert f"a mixture of {stored} cores" in capsys.readouterr().out, "all but its own, and the global one"
+
+
+def test_a_client_of_the_store_keeps_its_adapter(run: Path, own: Path, tmp_path: Path, capsys: Capture) -> None:
+    """As in a deployed run, whose clients have other names than a simulation's."""
+    shutil.copytree(run, tmp_path / "copy")
+    store = tmp_path / "copy" / "adapters"
+    mine = adapters.load(store, "client-0")
+    told = {"base_model": mine.manifest.base_model, "method": "lora-sb", "rank": mine.manifest.rank, "round": 3, "task": "words"}
+    adapters.publish(store, "clinic-a", mine.state, basis_fingerprint=mine.manifest.basis_fingerprint, **told)
+    said = complaint(capsys, "personalise", str(tmp_path / "copy"), "--client", "clinic-a", "--data", str(own))
+    assert "clinic-a took part in" in said and adapters.versions(store, "clinic-a") == [1]
+    (tmp_path / "copy" / "summary.json").unlink()
+    said = complaint(capsys, "personalise", str(tmp_path / "copy"), "--client", "clinic-b", "--data", str(own))
+    assert "is not finished" in said
+
+
+@pytest.mark.parametrize("sections", [{"strategy": {"name": "krum"}}, {"strategy": {"name": "fedadam"}}, {"evaluation": {}}])
+def test_runs_of_any_strategy_and_split(sections: Any, own: Path, task: str, tmp_path: Path, capsys: Capture) -> None:
+    federation = {"clients": 5, "min_clients": 5, "rounds": 1, "weighting": "uniform"}
+    held = {"evaluation": {"split": "validation"}, "data": {"validation": 0.3}} if "evaluation" in sections else {}
+    config = config_of(table(save_model(tmp_path / "llama"), task, federation=federation, **{**sections, **held}))
+    (tmp_path / "run.toml").write_text(config.to_toml())
+    assert call("simulate", str(tmp_path / "run.toml"), "--out", str(tmp_path / "run")) == 0
+    capsys.readouterr()
+    assert call("personalise", str(tmp_path / "run"), "--client", "new", "--data", str(own), "--steps", "1") == 0
+    out = capsys.readouterr().out
+    assert "from 8 examples" in out and re.search(r"new +. newcomer . +6", out), "all of train, scored on all of test"
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ from peft import PeftModel, get_peft_model
 
 from fedsb.adapters.galore import GaloreConfig, GaloreLinear
 from fedsb.adapters.state import get_state, layers_of, parameters_of
-from fedsb.errors import ConfigError
-from strategies.records import ARRAYS, TRAIN, unpack_state
+from fedsb.errors import BasisError, ConfigError
+from strategies.records import ARRAYS, PERSONALISE, TRAIN, pack_state, unpack_state
 from tests.adapters.samples import llama as tiny_llama
 from tests.adapters.samples import randomise, same, snapshot, tokens
 from tests.federation.test_methods import config, last_basis, opened, weights_of
-from tests.federation.tiny import federate, final_state
+from tests.federation.tiny import events, federate, final_state, personal_states
 from tests.federation.twisted import twisted
 
 
@@ -72,6 +72,28 @@ def weights_of_opened(session: Any) -> dict[str, torch.Tensor]:
 def test_sums_that_hide_states_are_refused(sections: Any, llama: str, words: str) -> None:
     with pytest.raises(ConfigError, match='"galore" adds to the weights after each round from each client\'s own state'):
         config(llama, words, "galore", **sections)
+
+
+def test_a_rank_that_a_layer_has_no_room_for_is_refused() -> None:
+    with pytest.raises(BasisError, match=r"adapter\.rank = 40 is larger than the smallest side of layer .*k_proj"):
+        get_peft_model(tiny_llama(), GaloreConfig(r=40))
+
+
+def test_a_personal_adapter_with_a_projection_of_its_own_is_refused(llama: str, words: str, tmp_path: Path) -> None:
+    run = config(llama, words, "galore", federation={"rounds": 1})
+
+    def lie(kind: str, client: int, reply: Message) -> list[Message]:
+        if kind == PERSONALISE and client == 1:
+            vector = unpack_state(reply.content[ARRAYS])
+            share = opened(run, final_state(tmp_path), last_basis(tmp_path)).layout
+            state = share.unflatten(vector)
+            name = next(name for name in state if name.endswith(".P"))
+            reply.content[ARRAYS] = pack_state(share.flatten(state | {name: state[name] + 1e-3}), "fp32")
+        return [reply]
+
+    federate(run, tmp_path, grid=twisted(run, tmp_path, lie))
+    assert set(personal_states(tmp_path)) == {"client-0", "client-2"}
+    assert {event["client"] for event in events(tmp_path, "refused")} == {"client-1"}
 
 
 def test_the_adapter_alone_comes_back_and_only_n_is_trained(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """GaLore's AdamW against its algorithm written out, its accumulation, its files, and the federated form."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,49 @@ def test_per_layer_is_the_same_and_holds_one_gradient_at_a_time(parts: int) -> N
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     assert set(alive) == {1} and all(p.grad is None for p in layered)
     assert two.state[layered[0]]["step"] == 5, "one step, however many backward passes"
+
+
+def test_passes_of_different_gradients_add_up_to_one_step() -> None:
+    whole, targets = _problem()
+    layered, _ = _problem()
+    others = [_problem(seed)[1] for seed in (1, 2, 3)]
+    one = GaLoreAdamW([{"params": whole, "rank": 3}], lr=0.1, gap=100)
+    two = GaLoreAdamW([{"params": layered, "rank": 3}], lr=0.1, gap=100, per_layer=True)
+    for optimiser, parameters in ((one, whole), (two, layered)):
+        _take(optimiser, parameters, targets, 1)  # P, of the same gradient
+        for _ in range(3):
+            optimiser.zero_grad()
+            for other in others:
+                _loss(parameters, other).backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+    for a, b in zip(whole, layered, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_hooks_end_with_their_optimiser_and_read_settings_are_in_force(tmp_path: Path) -> None:
+    parameters, targets = _problem()
+    saved = GaLoreAdamW([{"params": parameters, "rank": 2}], lr=0.1, gap=3, per_layer=True)
+    _take(saved, parameters, targets, 2)
+    told = saved.state_dict()
+    with pytest.raises(RuntimeError, match=r"another per-layer optimiser has taken this gradient; close\(\) that one first"):
+        _take(GaLoreAdamW([{"params": parameters, "rank": 2}], per_layer=True), parameters, targets, 1)
+    saved.close()
+    read = GaLoreAdamW([{"params": parameters, "rank": 4}], lr=0.1, gap=1, per_layer=True)
+    read.load_state_dict(told)
+    _take(read, parameters, targets, 2)
+    assert all(read.state[p]["P"].shape[1] == 2 and read.state[p]["projected"] == 3 for p in parameters)
+    with pytest.raises(ValueError, match="matrices alone are projected"):
+        read.add_param_group({"params": [nn.Parameter(torch.ones(3))], "rank": 2})
+    more = nn.Parameter(torch.ones(4, 6))
+    read.add_param_group({"params": [more], "rank": 2})
+    (more**2).sum().backward()  # type: ignore[no-untyped-call]
+    assert more.grad is None
+    del read
+    gc.collect()
+    before = more.detach().clone()
+    (more**2).sum().backward()  # type: ignore[no-untyped-call]
+    torch.optim.SGD([more], lr=0.1).step()
+    assert not torch.equal(before, more), "a dead optimiser takes no gradients"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
