@@ -42,7 +42,7 @@ def out(tmp_path: Path) -> Path:
         ),
         ("train.learning_rate=-1.0", ["train.learning_rate = -1.0 will not do"]),
         ("federation.round_seconds=inf", ["federation.round_seconds = inf will not do", "finite"]),
-        ("basis.source=magic", ["basis.source = 'magic' will not do", "'random', 'weights', 'public' or 'sketch'"]),
+        ("basis.source=magic", ["basis.source = 'magic' will not do", "'random', 'weights', 'public', 'sketch' or 'pool'"]),
         ("basis.source=public", ['basis.source = "public"', "[basis.public]", "set both or neither"]),
         ("federation.min_clients=9", ["federation.min_clients is larger than federation.clients; lower it"]),
         (

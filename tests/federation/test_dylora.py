@@ -60,7 +60,9 @@ def test_the_command_cuts_and_says_what_it_cannot(llama: str, words: str, tmp_pa
         assert said in complaint(capsys, *told, *more)
 
 
-@pytest.mark.parametrize("method", sorted(name for name, method in METHODS.items() if not method.nested and method.chain))
+@pytest.mark.parametrize(
+    "method", sorted(name for name, method in METHODS.items() if not method.nested and not method.takes_weights)
+)
 def test_a_method_without_smaller_ranks_says_so(method: str, llama: str, words: str, tmp_path: Path) -> None:
     federate(config(llama, words, method, federation={"rounds": 1}), tmp_path)
     stored = adapters.load(tmp_path / "adapters", "client-0")

@@ -278,8 +278,8 @@ def test_who_lacks_what() -> None:
     [
         ("model", {"dtype": "bf16"}, "would round away; leave model.dtype out"),
         ("federation", {"wire_dtype": "bf16"}, 'exact only with federation.wire_dtype = "fp32"'),
-        ("privacy", {"secure_sum": True}, "takes each client's own factors"),
-        ("privacy", {"unit": "client", "epsilon": 8.0}, "takes each client's own factors"),
+        ("privacy", {"secure_sum": True}, "adds to the weights after each round"),
+        ("privacy", {"unit": "client", "epsilon": 8.0}, "adds to the weights after each round"),
     ],
 )
 def test_what_cannot_be_is_refused(method: str, section: str, values: dict[str, Any], says: str, llama: str, words: str) -> None:

@@ -10,7 +10,7 @@ from flwr.app import Message, RecordDict
 
 from clients.answers import answer
 from clients.session import Session, Site
-from fedsb.abilities import FOLDING, IN_TURN, OWN_SETTINGS, RANKED_LORA, ROBUST
+from fedsb.abilities import FOLDING, FUSING, IN_TURN, OWN_SETTINGS, RANKED_LORA, ROBUST
 from fedsb.adapters.methods import METHODS
 from fedsb.aggregation.optimiser import OPTIMISERS
 from fedsb.config import RunConfig
@@ -114,7 +114,9 @@ def test_the_table_has_what_the_configuration_names() -> None:
 
 @pytest.mark.parametrize(("name", "method"), PAIRS)
 def test_it_trains_with_every_method(name: str, method: str, llama: str, words: str, out: Path) -> None:
-    sections = {"data": {"partition": "iid"}, "federation": {"rounds": 2}, "personal": {"steps": 0}}
+    sections: dict[str, Any] = {"data": {"partition": "iid"}, "federation": {"rounds": 2}, "personal": {"steps": 0}}
+    if method in FUSING:  # a few numbers, that mix random adapters
+        sections |= {"train": {"steps": 8, "learning_rate": 0.3}, "strategy": {"rate": 0.3}}
     run = config(llama, words, name, adapter={"method": method}, **sections)
     summary = federate(run, out)
     assert summary["strategy"] == name and summary["method"] == method
