@@ -16,7 +16,6 @@ from math import gcd
 from typing import Any, Literal
 
 import torch
-from peft import PeftConfig
 from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 from torch.nn import functional
@@ -24,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fedsb.adapters.method import Method, Parts
 from fedsb.adapters.own_layer import OwnLinear
-from fedsb.adapters.own_tuner import OwnTuner
+from fedsb.adapters.own_tuner import OwnConfig, OwnTuner
 from fedsb.adapters.peft_type import FEDSB_BONE
 from fedsb.errors import AdapterError
 
@@ -57,33 +56,22 @@ def check_blocks(shapes: Mapping[str, tuple[int, int]], rank: int) -> None:
 
 
 @dataclass
-class BoneConfig(PeftConfig):
-    """Configuration for `get_peft_model(model, BoneConfig(r=64))`.
+class BoneConfig(OwnConfig):
+    """Configuration for `get_peft_model(model, BoneConfig(r=64))`; which layers, `OwnConfig` says.
 
     Attributes:
         r: side of a block; must divide both sides of every adapted layer.
         form: "column" (a matrix for each r outputs) or "row" (for each r inputs).
-        target_modules: names or suffixes of linear layers, a regular expression, or "all-linear".
-        exclude_modules: names or a regular expression of layers to leave out.
-        modules_to_save: modules trained and saved whole, such as a classification head.
     """
 
     r: int = 64
     form: Form = "column"
-    target_modules: list[str] | str | None = "all-linear"
-    exclude_modules: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        super().__post_init__()
         self.peft_type = FEDSB_BONE
         if self.r < 1 or self.form not in ("column", "row"):
             raise AdapterError(f'r = {self.r} and form = "{self.form}" make no Bone; set r from 1 on, and form "column" or "row"')
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list | tuple):
-                setattr(self, name, set(getattr(self, name)))
 
 
 class BoneLinear(OwnLinear):

@@ -22,14 +22,13 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from peft import PeftConfig
 from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsb.adapters.method import Method, Parts
 from fedsb.adapters.own_layer import BASE, OwnLinear
-from fedsb.adapters.own_tuner import OwnTuner, check_names
+from fedsb.adapters.own_tuner import OwnConfig, OwnTuner, check_names
 from fedsb.adapters.peft_type import FEDSB_FLORA
 from fedsb.errors import AdapterError
 
@@ -37,29 +36,21 @@ Form = Literal["residual", "ones"]
 
 
 @dataclass
-class FloraConfig(PeftConfig):
-    """Configuration for `get_peft_model(model, FloraConfig(r=4))`.
+class FloraConfig(OwnConfig):
+    """Configuration for `get_peft_model(model, FloraConfig(r=4))`; which layers, `OwnConfig` says.
 
     Attributes:
         r: how many pairs of vectors a layer has.
         alpha: of form "residual": updates are multiplied with alpha / r. None: r, which is the sum; 1 is the mean.
         form: "residual" or "ones".
-        target_modules: names or suffixes of linear layers, a regular expression, or "all-linear".
-        exclude_modules: names or a regular expression of layers to leave out.
-        modules_to_save: modules trained and saved whole, such as a classification head.
     """
 
     r: int = 4
     alpha: float | None = None
     form: Form = "residual"
-    target_modules: list[str] | str | None = "all-linear"
-    exclude_modules: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        super().__post_init__()
         self.peft_type = FEDSB_FLORA
         if self.r < 1 or self.form not in ("residual", "ones"):
             raise AdapterError(
@@ -67,9 +58,6 @@ class FloraConfig(PeftConfig):
             )
         if self.form == "ones" and self.alpha not in (None, self.r):
             raise AdapterError('alpha scales what form = "residual" adds, and form = "ones" adds nothing; leave it out')
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list | tuple):
-                setattr(self, name, set(getattr(self, name)))
 
     @property
     def scale(self) -> float:

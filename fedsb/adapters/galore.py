@@ -18,45 +18,33 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsb.adapters.method import Method, Parts
 from fedsb.adapters.own_layer import BASE, OwnLinear
-from fedsb.adapters.own_tuner import OwnTuner, check_names
+from fedsb.adapters.own_tuner import OwnConfig, OwnTuner, check_names
 from fedsb.adapters.peft_type import FEDSB_GALORE
 from fedsb.basis.spectral import check_rank, random_orthonormal
 from fedsb.errors import AdapterError
 
 
 @dataclass
-class GaloreConfig(PeftConfig):
+class GaloreConfig(OwnConfig):
     """Configuration for `get_peft_model(model, GaloreConfig(r=64))`: one round's P, random, and N.
 
     Attributes:
         r: rank of the projection.
-        target_modules: names or suffixes of linear layers, a regular expression, or "all-linear".
-        exclude_modules: names or a regular expression of layers to leave out.
-        modules_to_save: modules trained and saved whole, such as a classification head.
     """
 
     r: int = 64
-    target_modules: list[str] | str | None = "all-linear"
-    exclude_modules: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        super().__post_init__()
         self.peft_type = FEDSB_GALORE
         if self.r < 1:
             raise AdapterError(f"r = {self.r} makes no projection; set r from 1 on")
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list | tuple):
-                setattr(self, name, set(getattr(self, name)))
 
 
 class Projector(nn.Module):

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from peft import PeftConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsb.adapters.method import Masks, Method, Parts, learning_only
 from fedsb.adapters.own_layer import BASE, OwnLinear
-from fedsb.adapters.own_tuner import check_names
+from fedsb.adapters.own_tuner import OwnConfig, check_names
 from fedsb.adapters.peft_type import FEDSB
 from fedsb.basis.frames import Basis
 from fedsb.basis.spectral import random_basis, weights_basis
@@ -28,14 +27,11 @@ from fedsb.errors import AdapterError
 
 
 @dataclass
-class LoraSbConfig(PeftConfig):
-    """Configuration for `get_peft_model(model, LoraSbConfig(r=64))`.
+class LoraSbConfig(OwnConfig):
+    """Configuration for `get_peft_model(model, LoraSbConfig(r=64))`; which layers, `OwnConfig` says.
 
     Attributes:
         r: rank; a core has r x r numbers.
-        target_modules: names or suffixes of linear layers, a regular expression, or "all-linear".
-        exclude_modules: names or a regular expression of layers to leave out.
-        modules_to_save: modules trained and saved whole, such as a classification head.
         basis: "random" (orthonormal from `seed`), "weights" (leading singular vectors of W0), or "later" (zero frames
             that `set_basis` replaces).
         seed: seed of the basis.
@@ -49,11 +45,6 @@ class LoraSbConfig(PeftConfig):
 
     method: str = "lora-sb"
     r: int = 64
-    target_modules: list[str] | str | None = "all-linear"
-    exclude_modules: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
     basis: Literal["random", "weights", "later"] = "random"
     seed: int = 0
     basis_dtype: Literal["fp32", "bf16"] = "fp32"
@@ -61,11 +52,8 @@ class LoraSbConfig(PeftConfig):
     save_basis: bool = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        super().__post_init__()
         self.peft_type = FEDSB
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list | tuple):
-                setattr(self, name, set(getattr(self, name)))
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

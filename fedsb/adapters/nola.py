@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 from torch.nn import functional
@@ -26,15 +25,15 @@ from fedsb.adapters.coefficients import BITS, CODES, STEPS, layers_of_rows, pack
 from fedsb.adapters.lora import lora_chain
 from fedsb.adapters.method import Method, Parts, Shapes
 from fedsb.adapters.own_layer import BASE, OwnLinear
-from fedsb.adapters.own_tuner import OwnTuner, check_names
+from fedsb.adapters.own_tuner import OwnConfig, OwnTuner, check_names
 from fedsb.adapters.peft_type import FEDSB_NOLA
 from fedsb.adapters.random_sums import Side, combined
 from fedsb.errors import AdapterError
 
 
 @dataclass
-class NolaConfig(PeftConfig):
-    """Configuration for `get_peft_model(model, NolaConfig(r=16, bases=128, seed=0))`.
+class NolaConfig(OwnConfig):
+    """Configuration for `get_peft_model(model, NolaConfig(r=16, bases=128, seed=0))`; which layers, `OwnConfig` says.
 
     Attributes:
         r: rank of the update.
@@ -42,9 +41,6 @@ class NolaConfig(PeftConfig):
         alpha: updates are multiplied with alpha / r. None: r.
         seed: of the random matrices.
         bits: 32, 16, 8 or 4, in which `save_pretrained` writes each coefficient; below 32 it is rounded (`quantise`).
-        target_modules: names or suffixes of linear layers, a regular expression, or "all-linear".
-        exclude_modules: names or a regular expression of layers to leave out.
-        modules_to_save: modules trained and saved whole, such as a classification head.
     """
 
     r: int = 16
@@ -52,23 +48,15 @@ class NolaConfig(PeftConfig):
     alpha: float | None = None
     seed: int = 0
     bits: int = 32
-    target_modules: list[str] | str | None = "all-linear"
-    exclude_modules: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        super().__post_init__()
         self.peft_type = FEDSB_NOLA
         if self.r < 1 or self.bases < 1 or self.bits not in BITS:
             raise AdapterError(
                 f"r = {self.r}, bases = {self.bases} and bits = {self.bits} make no NOLA; set r and bases from 1 on, and bits to "
                 "32, 16, 8 or 4"
             )
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list | tuple):
-                setattr(self, name, set(getattr(self, name)))
 
     @property
     def scale(self) -> float:

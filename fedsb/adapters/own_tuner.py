@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,6 +14,30 @@ from torch import nn
 
 from fedsb.adapters.own_layer import BASE
 from fedsb.errors import AdapterError
+
+
+@dataclass
+class OwnConfig(PeftConfig):
+    """What our configurations have in common: which layers are adapted.
+
+    Attributes:
+        target_modules: names or suffixes of linear layers, a regular expression, or "all-linear".
+        exclude_modules: names or a regular expression of layers to leave out.
+        modules_to_save: modules trained and saved whole, such as a classification head.
+        layers_to_transform, layers_pattern: as PEFT's.
+    """
+
+    target_modules: list[str] | str | None = "all-linear"
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list | tuple):
+                setattr(self, name, set(getattr(self, name)))
 
 
 class OwnTuner(BaseTuner):

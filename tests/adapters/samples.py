@@ -1,7 +1,9 @@
 """Tiny random models, their adapters, and the configurations that go with them."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -90,6 +92,21 @@ def randomise(model: nn.Module, adapter: str, seed: int) -> None:
     with torch.no_grad():
         for parameter in parameters_of(model, adapter).values():
             parameter.copy_(torch.randn(parameter.shape, generator=draw))
+
+
+def check_differences(loss: Callable[[], Tensor], places: Iterable[tuple[Tensor, Iterable[tuple[int, ...]]]]) -> None:
+    """Hold the gradients of an fp64 loss against central differences, at some places of some tensors."""
+    loss().backward()  # type: ignore[no-untyped-call]
+    for tensor, some in places:
+        for place in some:
+            with torch.no_grad():
+                tensor[place] += 1e-5
+                above = loss()
+                tensor[place] -= 2e-5
+                below = loss()
+                tensor[place] += 1e-5
+            assert tensor.grad is not None
+            assert float((above - below) / 2e-5) == pytest.approx(float(tensor.grad[place]), rel=1e-6, abs=1e-6)
 
 
 def tokens(rows: int = 2, width: int = 5, seed: int = 0) -> Tensor:
