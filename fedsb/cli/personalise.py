@@ -22,7 +22,7 @@ from fedsb.store.basis_files import load_basis
 from fedsb.validation import validated
 from server.run_folder import alone, load_run
 
-FEW = 32  # examples up to which `auto` mixes what there is
+FEW = 32  # examples up to which `auto` mixes what there is (docs/log.md, "A client that comes late")
 TASK = "newcomer"  # of what this command publishes, by which it knows its own again
 
 
