@@ -10,8 +10,6 @@ from fedsb.training.fusion import fuse
 from fedsb.training.loop import learning_rate, personal_plan
 
 FUSION_RATE = 5e-2  # of coefficients, of which an adapter alone is 1
-
-
 SHARED = "the global core"  # in the pool; no site's name has a blank
 
 

@@ -75,11 +75,10 @@ class Shares:
         """Remember which states can come back from this one, and in which dtype, for `accepted` and `usable`."""
         self.turn, self.personal = turn, False
         core, head = largest_update(plan)
-        reach, limit = METHODS[self.config.adapter.method].reach, self.config.federation.max_update_norm
+        method, limit = METHODS[self.config.adapter.method], self.config.federation.max_update_norm
         self.sent, self.returns = unpack_state(arrays), self.layout
         sent = self.layout.unflatten(self.sent)
-        method = METHODS[self.config.adapter.method]
-        largest = {name: torch.full_like(t, head) if name.startswith(HEAD) else reach(core, t) for name, t in sent.items()}
+        largest = {name: torch.full_like(t, head) if name.startswith(HEAD) else method.reach(core, t) for name, t in sent.items()}
         largest |= {name: torch.zeros_like(t) for name, t in sent.items() if name.rpartition(".")[2] in method.down}
         self.reach = Reach.of(
             self.sent,

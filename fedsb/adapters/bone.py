@@ -9,7 +9,7 @@ The update has full rank in general, takes W0 to compute, and is linear in bone:
 their updates, since W0 is the same for everybody.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import gcd
@@ -110,16 +110,12 @@ class BoneLinear(OwnLinear):
         """W' - W0 (out, in) in the bone's dtype, from the unmerged W0."""
         return update_of(self.unmerged, self.bone(adapter), self.fedsb_bone_form[adapter])
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x (…, in) → (…, out)."""
-        plain = self.plain(x, *args, **kwargs)
-        if plain is not None:
-            return plain
-        y: Tensor = self.base_layer(x, *args, **kwargs)
-        for name in self.active_adapters:
-            if name in self.fedsb_bone_blocks:
-                add = _add_row if self.fedsb_bone_form[name] == "row" else _add_column
-                y = y + add(x, self.base_layer.weight, self.bone(name))
+    def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """W0·x and what each adds."""
+        y: Tensor = self.base_layer(x)
+        for name in names:
+            add = _add_row if self.fedsb_bone_form[name] == "row" else _add_column
+            y = y + add(x, self.base_layer.weight, self.bone(name))
         return y
 
 

@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from fedsb.adapters.method import Method, Parts
 from fedsb.adapters.own_layer import BASE, OwnLinear
-from fedsb.adapters.own_tuner import OwnConfig, OwnTuner, check_names
+from fedsb.adapters.own_tuner import OwnConfig, OwnTuner
 from fedsb.adapters.peft_type import FEDSB_FLORA
 from fedsb.errors import AdapterError
 
@@ -126,17 +126,11 @@ class FloraLinear(OwnLinear):
         left, right = _chain(self.forms[adapter], dict(self.trained(adapter)), None, None, self.scales[adapter])
         return self.unmerged.to(left.dtype) * (left @ right)
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
-        """x (…, in) → (…, out); with `adapter_names`, row i of a batch goes through adapter_names[i]."""
-        plain = self.plain(x, *args, adapter_names=adapter_names, **kwargs)
-        if plain is not None:
-            return plain
-        if adapter_names is not None:
-            return self._mixed(x, adapter_names)
-        active = [name for name in self.active_adapters if name in self.fedsb_flora_a]
-        of_w0 = 1 - sum(self.forms[name] == "ones" for name in active)  # W0 as often as it is not in what is added
+    def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """What each makes of W0·x, together."""
+        of_w0 = 1 - sum(self.forms[name] == "ones" for name in names)  # W0 as often as it is not in what is added
         y = of_w0 * self._times_w0(x) if of_w0 else 0.0
-        for name in active:
+        for name in names:
             added = self.fedsb_flora_b[name](self._times_w0(self.fedsb_flora_a[name](x)))
             y = y + (added if self.scales[name] == 1 else self.scales[name] * added)
         bias = self.base_layer.bias
@@ -146,26 +140,25 @@ class FloraLinear(OwnLinear):
     def _times_w0(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.base_layer.weight)
 
-    def _mixed(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
+    def mixed(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """One batch, an adapter per row, by one product with W0 of as many vectors a token as the largest rank in the batch.
 
         A row of smaller rank is filled up with b_j = 0. W0·x itself is one more vector, of which a row takes 1, or 0 if its form
         is "ones"; where all are, it is left out.
         """
-        check_names(adapter_names, len(x))
-        names = list(dict.fromkeys(adapter_names))
-        held = [name for name in names if name != BASE and name in self.fedsb_flora_a]
-        ones = [name in held and self.forms[name] == "ones" for name in names]
+        each = list(dict.fromkeys(names))
+        held = [name for name in each if name != BASE and name in self.fedsb_flora_a]
+        ones = [name in held and self.forms[name] == "ones" for name in each]
         ranks = [self.trained(name)[NAMES[self.forms[name]][0]].shape[0] for name in held]
         width = max(ranks, default=0) + (not all(ones))
-        a, b = (torch.zeros(len(names), width, size, device=x.device) for size in (self.in_features, self.out_features))
-        for at, name in enumerate(names):
+        a, b = (torch.zeros(len(each), width, size, device=x.device) for size in (self.in_features, self.out_features))
+        for at, name in enumerate(each):
             if not ones[at]:
                 a[at, -1], b[at, -1] = 1, 1
             if name in held:
                 rows, columns = self.trained(name).values()
                 a[at, : len(rows)], b[at, : len(rows)] = rows, self.scales[name] * columns.T
-        index = torch.tensor([names.index(name) for name in adapter_names], device=x.device)
+        index = torch.tensor([each.index(name) for name in names], device=x.device)
         y = batched(x, self.base_layer.weight, a[index], b[index])
         return y if self.base_layer.bias is None else y + self.base_layer.bias
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsb.adapters.method import Method, Parts
-from fedsb.adapters.own_layer import BASE, OwnLinear
-from fedsb.adapters.own_tuner import OwnConfig, OwnTuner, check_names
+from fedsb.adapters.own_layer import OwnLinear
+from fedsb.adapters.own_tuner import OwnConfig, OwnTuner
 from fedsb.adapters.peft_type import FEDSB_GALORE
 from fedsb.basis.spectral import check_rank, random_orthonormal
 from fedsb.errors import AdapterError
@@ -94,23 +94,19 @@ class GaloreLinear(OwnLinear):
         """P·N (out, in), fp32."""
         return self.frozen(adapter)["P"] @ self.trained(adapter)["N"]
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
-        """x (…, in) → (…, out); with `adapter_names`, row i of a batch goes through adapter_names[i]."""
-        plain = self.plain(x, *args, adapter_names=adapter_names, **kwargs)
-        if plain is not None:
-            return plain
-        y: Tensor = self.base_layer(x, *args, **kwargs)
-        if adapter_names is not None:
-            check_names(adapter_names, len(x))
-            y = y.clone()
-            for name in sorted(set(adapter_names) - {BASE}):
-                if name in self.fedsb_galore_n:
-                    rows = [row for row, other in enumerate(adapter_names) if other == name]
-                    y[rows] += self._added(x[rows], name)
-            return y
-        for name in self.active_adapters:
-            if name in self.fedsb_galore_n:
-                y = y + self._added(x, name)
+    def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """W0·x + P·N·x of each."""
+        y: Tensor = self.base_layer(x)
+        for name in names:
+            y = y + self._added(x, name)
+        return y
+
+    def mixed(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """One batch, adapter after adapter."""
+        y: Tensor = self.base_layer(x).clone()
+        for name in sorted(set(names) & self.fedsb_galore_n.keys()):
+            rows = [row for row, other in enumerate(names) if other == name]
+            y[rows] += self._added(x[rows], name)
         return y
 
     def _added(self, x: Tensor, name: str) -> Tensor:

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig, TaskType
+from peft import TaskType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 
+from fedsb.adapters.own_tuner import OwnConfig
 from fedsb.adapters.peft_type import FEDSB_LOPA
 from fedsb.errors import AdapterError
 
@@ -30,7 +31,7 @@ NETWORKS = 0.02  # standard deviation of their weights at the start
 
 
 @dataclass
-class LopaConfig(PeftConfig):
+class LopaConfig(OwnConfig):
     """Configuration for `get_peft_model(model, LopaConfig(encoder="minilm-l6-v2", encoder_width=384))`.
 
     Attributes:
@@ -40,6 +41,8 @@ class LopaConfig(PeftConfig):
         encoder_width: h, numbers of its embeddings.
         hidden: H, width of the two networks.
         dropout: before each of their second layers, in training.
+
+    What `OwnConfig` says of layers is filled in: the input embedding.
     """
 
     tokens: int = 10
@@ -48,14 +51,9 @@ class LopaConfig(PeftConfig):
     encoder_width: int = 384
     hidden: int = 256
     dropout: float = 0.0
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        super().__post_init__()
         self.peft_type, self.task_type = FEDSB_LOPA, TaskType.CAUSAL_LM
         if min(self.tokens, self.r, self.encoder_width, self.hidden) < 1:
             raise AdapterError(

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from fedsb.adapters.method import Masks, Method, Parts, learning_only
 from fedsb.adapters.own_layer import BASE, OwnLinear
-from fedsb.adapters.own_tuner import OwnConfig, check_names
+from fedsb.adapters.own_tuner import OwnConfig
 from fedsb.adapters.peft_type import FEDSB
 from fedsb.basis.frames import Basis
 from fedsb.basis.spectral import random_basis, weights_basis
@@ -174,20 +174,16 @@ class LoraSbLinear(OwnLinear):
         scaled: Tensor = self.fedsb_magnitude[adapter][:, None] * (weight + delta)
         return scaled - weight
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
-        """x (…, in) → (…, out); with `adapter_names`, row i of a batch goes through adapter_names[i]."""
-        plain = self.plain(x, *args, adapter_names=adapter_names, **kwargs)
-        if plain is not None:
-            return plain
-        y: Tensor = self.base_layer(x, *args, **kwargs)
-        if adapter_names is not None:
-            return self._add_mixed(x, y, adapter_names)
+    def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """y + B·R·A·x of each."""
+        y: Tensor = self.base_layer(x)
         base = y
-        for name in self.active_adapters:
+        for name in names:
+            frames, core = self.frames(name), self.core(name)
             if name in self.fedsb_magnitude:
-                y = y + self._scaled(self._add(x, base, self.frames(name), self.core(name), self.cut), [name]) - base
-            elif name in self.fedsb_core:
-                y = self._add(x, y, self.frames(name), self.core(name), self.cut)
+                y = y + self._scaled(self._add(x, base, frames, core, self.cut), [name]) - base
+            else:
+                y = self._add(x, y, frames, core, self.cut)
         return y
 
     def _scaled(self, y: Tensor, names: Sequence[str]) -> Tensor:
@@ -213,23 +209,22 @@ class LoraSbLinear(OwnLinear):
         flat = torch.addmm(rows, h, b.T)  # y + B·R·A·x in one pass
         return flat.view(y.shape)
 
-    def _add_mixed(self, x: Tensor, y: Tensor, adapter_names: Sequence[str]) -> Tensor:
+    def mixed(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """One batch, a core per row: rows that share a basis go through it together."""
-        check_names(adapter_names, len(x))
         rows_of: dict[int, list[int]] = {}
-        for row, name in enumerate(adapter_names):
+        for row, name in enumerate(names):
             if name != BASE and name in self.fedsb_core:
                 rows_of.setdefault(id(self.frames(name)), []).append(row)
-        y = y.clone()
+        y: Tensor = self.base_layer(x).clone()
         for rows in rows_of.values():
-            frames = self.frames(adapter_names[rows[0]])
+            frames = self.frames(names[rows[0]])
             index = torch.tensor(rows, device=x.device)
-            cores = torch.stack([self.core(adapter_names[row]).weight for row in rows])  # (n, r, r)
+            cores = torch.stack([self.core(names[row]).weight for row in rows])  # (n, r, r)
             dtype = torch.promote_types(x.dtype, frames.A.dtype)
             h = functional.linear(x[index].to(dtype), frames.A.to(dtype))  # (n, …, r)
             mixed = torch.bmm(h.to(cores.dtype).flatten(1, -2) if h.ndim > 2 else h.to(cores.dtype).unsqueeze(1), cores.mT)
             y[index] += functional.linear(mixed.view(h.shape).to(dtype), frames.B.to(dtype)).to(y.dtype)
-        return self._scaled(y, adapter_names) if any(name in self.fedsb_magnitude for name in adapter_names) else y
+        return self._scaled(y, names) if any(name in self.fedsb_magnitude for name in names) else y
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from fedsb.adapters.coefficients import BITS, CODES, STEPS, layers_of_rows, pack
 from fedsb.adapters.lora import lora_chain
 from fedsb.adapters.method import Method, Parts, Shapes
 from fedsb.adapters.own_layer import BASE, OwnLinear
-from fedsb.adapters.own_tuner import OwnConfig, OwnTuner, check_names
+from fedsb.adapters.own_tuner import OwnConfig, OwnTuner
 from fedsb.adapters.peft_type import FEDSB_NOLA
 from fedsb.adapters.random_sums import Side, combined
 from fedsb.errors import AdapterError
@@ -159,32 +159,25 @@ class NolaLinear(OwnLinear):
         a, b = self.factors(adapter)
         return self.configs[adapter].scale * (b @ a)
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
-        """x (…, in) → (…, out); with `adapter_names`, row i of a batch goes through adapter_names[i]."""
-        plain = self.plain(x, *args, adapter_names=adapter_names, **kwargs)
-        if plain is not None:
-            return plain
-        y: Tensor = self.base_layer(x, *args, **kwargs)
-        if adapter_names is not None:
-            return self._add_mixed(x, y, adapter_names)
-        for name in self.active_adapters:
-            if name in self.fedsb_nola_alpha:
-                a, b = (factor.to(x.dtype) for factor in self.factors(name))
-                y = y + self.configs[name].scale * functional.linear(functional.linear(x, a), b)
+    def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """W0·x + (α/r)·B·A·x of each."""
+        y: Tensor = self.base_layer(x)
+        for name in names:
+            a, b = (factor.to(x.dtype) for factor in self.factors(name))
+            y = y + self.configs[name].scale * functional.linear(functional.linear(x, a), b)
         return y
 
-    def _add_mixed(self, x: Tensor, y: Tensor, adapter_names: Sequence[str]) -> Tensor:
+    def mixed(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """One batch, an adapter per row: rows whose adapters have one rank go through theirs together."""
-        check_names(adapter_names, len(x))
         rows_of: dict[int, list[int]] = {}
-        for row, name in enumerate(adapter_names):
+        for row, name in enumerate(names):
             if name != BASE and name in self.fedsb_nola_alpha:
                 rows_of.setdefault(self.configs[name].r, []).append(row)
-        y = y.clone()
+        y: Tensor = self.base_layer(x).clone()
         for rows in rows_of.values():
             index = torch.tensor(rows, device=x.device)
-            pairs = [self.factors(adapter_names[row]) for row in rows]
-            scales = [self.configs[adapter_names[row]].scale for row in rows]
+            pairs = [self.factors(names[row]) for row in rows]
+            scales = [self.configs[names[row]].scale for row in rows]
             a = torch.stack([a for a, _ in pairs]).to(x.dtype)  # (n, r, in)
             b = torch.stack([scale * b for scale, (_, b) in zip(scales, pairs, strict=True)]).to(x.dtype)
             of_rows = x[index].flatten(1, -2) if x.ndim > 2 else x[index].unsqueeze(1)

@@ -1,7 +1,7 @@
 """What the layers of this project's own tuners have in common."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -25,17 +25,17 @@ class OwnLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
 
+    @abstractmethod
     def trained(self, adapter: str) -> dict[str, nn.Parameter]:
         """Part of the method → trained parameter of an adapter; nothing if the layer does not have that adapter."""
-        raise NotImplementedError
 
     def frozen(self, adapter: str) -> dict[str, Tensor]:
         """Part of the method → what is told of an adapter besides, and not trained."""
         return {}
 
+    @abstractmethod
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The update of the weight (out, in), of the unmerged W0, in fp32 or wider."""
-        raise NotImplementedError
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """As PEFT's, but for the dtype: PEFT makes it the base layer's, which rounds the masters of a bf16 model."""
@@ -72,16 +72,35 @@ class OwnLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             self.base_layer.weight.data, self.kept = self.kept, None
             self.merged_adapters.clear()
 
-    def plain(self, x: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor | None:
-        """The base layer's output where no adapter is to be added to it: they are disabled, or merged.
+    def forward(self, x: Tensor, adapter_names: Sequence[str] | None = None) -> Tensor:
+        """x (…, in) → (…, out): the active adapters, or with `adapter_names` adapter_names[i] for row i of a batch.
 
-        Raises ValueError if `adapter_names` says that rows differ, and adapters are merged.
+        Raises ValueError if there is not a name for each row, or adapters are merged, which are the same for all rows.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.merged and adapter_names is not None:
             raise ValueError("adapter_names cannot be combined with merged adapters; call unmerge_adapter() first")
-        return self.base_layer(x, *args, **kwargs) if self.disable_adapters or self.merged else None
+        if self.disable_adapters or self.merged:
+            plain: Tensor = self.base_layer(x)
+            return plain
+        if adapter_names is None:
+            held = getattr(self, self.adapter_layer_names[0])
+            return self.adapted(x, [name for name in self.active_adapters if name in held])
+        if len(adapter_names) != len(x):
+            raise ValueError(
+                f"adapter_names has {len(adapter_names)} names for a batch of {len(x)} rows; give one for each row "
+                "(generate: beams as num_beams=, and num_return_sequences=1)"
+            )
+        return self.mixed(x, adapter_names)
+
+    @abstractmethod
+    def adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """The output with these adapters, which the layer has, for all rows."""
+
+    def mixed(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """The output with a name for each row: of an adapter, of one that this layer does not have, or `BASE`."""
+        raise ValueError(f"{type(self).__name__} has one adapter for all rows; use set_adapter")
 
     def __repr__(self) -> str:
         return "fedsb." + super().__repr__()

@@ -1,6 +1,7 @@
 """What this project's own tuners have in common: they make `get_peft_model`, `save_pretrained`, `from_pretrained` and
 `adapter_names=` work."""
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,9 +56,9 @@ class OwnTuner(BaseTuner):
     unpacked: ClassVar[bool] = False
     mixes: ClassVar[str | None] = None
 
+    @abstractmethod
     def told(self, config: Any) -> tuple[Any, ...]:
         """What `tuner_layer_cls` is told of an adapter, after its name."""
-        raise NotImplementedError
 
     def check(self, layers: dict[str, Any], config: Any, adapter_name: str) -> None:
         """Look at all layers that an adapter was put on, path → layer; refuse it if one of them cannot have it."""
@@ -119,15 +120,6 @@ class OwnTuner(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def check_names(names: Sequence[str], rows: int) -> None:
-    """Raise ValueError unless there is a name for each row of a batch."""
-    if len(names) != rows:
-        raise ValueError(
-            f"adapter_names has {len(names)} names for a batch of {rows} rows; give one for each row "
-            "(generate: beams as num_beams=, and num_return_sequences=1)"
-        )
 
 
 def _with_adapter_names(names: Sequence[str], module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -137,15 +137,16 @@ def test_rows_of_a_batch_go_through_adapters_of_their_own(dtype: torch.dtype) ->
     model = _adapted(llama(dtype), "residual")
     _also(model, "wide", 2, r=6, alpha=2.0)
     _also(model, "ones", 3, r=3, form="ones")
-    names = ["wide", "__base__", "ones", "default", "wide"]
+    names = ["wide", "__base__", "ones", "default", "ones"]
     ids = tokens(rows=5)
+    ids[4] = ids[0]
     mixed = model(ids, adapter_names=names).logits
     for row, name in enumerate(names):
         with model.disable_adapter() if name == "__base__" else _set(model, name):
             alone = model(ids[row : row + 1]).logits[0]
         close = {"atol": 1e-4, "rtol": 1e-4} if dtype == FP32 else {"atol": 0.5, "rtol": 0.1}
         torch.testing.assert_close(mixed[row], alone, **close)
-    assert (mixed[0] - mixed[4]).abs().max() > 0.1 or not torch.equal(ids[0], ids[4])
+    assert (mixed[0] - mixed[4]).abs().max() > 0.1, "the same text through two adapters"
 
 
 def _set(model: PeftModel, name: str) -> Any:
