@@ -26,22 +26,26 @@ time.time = lambda: wall() + 60 * {minutes}
 
 
 def _back(run: Run, site: str, after: int) -> int:
-    """The first round after round `after` in which a site's reply was counted, waited for."""
-    return until(
-        lambda: next((event["round"] for event in run.events("reply", client=site) if event["round"] > after), 0),
-        f"{site} takes part again",
-    )
+    """The first round after round `after` in which a site's reply was counted, waited for while the run goes on."""
+
+    def first() -> int:
+        found = next((event["round"] for event in run.events("reply", client=site) if event["round"] > after), 0)
+        assert found or not run.events("end"), f"the run ended before {site} took part again; give it more rounds"
+        return found
+
+    return until(first, f"{site} takes part again")
 
 
 def test_client_process_killed_and_network_cut(federation: Federation, scratch: Path) -> None:
     """Alpha loses the process in which Flower runs its ClientApp, in training; gamma's network is cut for 90 s, in training.
 
-    Flower notices either after a minute; the first round without them is over after `round_seconds`.
+    Flower notices either after a minute; the first round without them is over after `round_seconds`. Once Flower knows, a round
+    takes two seconds: there must be enough of them for gamma to come back to.
     """
     port = federation.home.topology().port
     with Proxy(port) as network, federation.changed("site-gamma-supernode", command=(f":{port}", f":{network.port}")):
         until(lambda: len(federation.online()) == 3, "gamma is online through the proxy")
-        run = federation.start("away", train=LONG, federation={"rounds": 15, "round_seconds": ROUND_SECONDS})
+        run = federation.start("away", train=LONG, federation={"rounds": 40, "round_seconds": ROUND_SECONDS})
         with federation.in_training(run, 2, "alpha", "gamma"):
             network.cut()
             since = time.monotonic()
