@@ -94,9 +94,7 @@ def prepare(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
         budget.allow(1)  # so that a site whose budget is spent says so before it is counted on
     sent = content.get(BASIS)
     basis = session.prepare(site, order.basis, unpack_basis(sent) if isinstance(sent, ArrayRecord) else None)
-    return reply_content(
-        Identity(site.name, order.round, basis, session.share(site).layout.fingerprint, model=session.model_sha256)
-    )
+    return reply_content(Identity(site.name, order.round, basis, session.share(site).layout.fingerprint, model=session.identity))
 
 
 def sketch(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
@@ -115,7 +113,7 @@ def sketch(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
             raise PrivacyError(f"{site.name} has trained in this run already, and a sketch comes before that; start another run")
         work = session.sketch_private if session.config.privacy.unit == "record" else session.sketch_clipped
         vector = budget.release(SKETCH, content, 1, partial(work, site), sketch_mechanism(session.config, budget.units))
-    identity = Identity(site.name, order.round, "", session.share(site).layout.fingerprint, model=session.model_sha256)
+    identity = Identity(site.name, order.round, "", session.share(site).layout.fingerprint, model=session.identity)
     summed = session.config.privacy.secure_sum
     return reply_content(identity, {}, secure.mask(content, session, site, vector) if summed else pack_state(vector, "fp32"))
 
@@ -190,7 +188,7 @@ def secure_stage(
     _check_stage(order, session.config, sketching=not order.round)
     if order.round:
         session.require(site, order.basis)
-    identity = Identity(site.name, order.round, order.basis, session.share(site).layout.fingerprint, model=session.model_sha256)
+    identity = Identity(site.name, order.round, order.basis, session.share(site).layout.fingerprint, model=session.identity)
     reply = reply_content(identity, {})
     reply[SECRETS] = stage(content, session, site)
     return reply

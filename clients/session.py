@@ -13,13 +13,14 @@ from torch import Tensor
 
 from fedsb.adapters.attach import attach, give_basis, initial_state, layout_of, model_section
 from fedsb.adapters.folding import fold_into
+from fedsb.adapters.instances import Encoder, encoder_of, identity_of
 from fedsb.adapters.method import Around, wholly
 from fedsb.adapters.methods import METHODS
 from fedsb.adapters.share import Share, heads_of, kept_names, share_of
 from fedsb.adapters.state import get_state, layers_of, parameters_of, set_state
 from fedsb.basis.frames import Basis, Fold, folded_fingerprint
 from fedsb.config import RunConfig
-from fedsb.data.batches import Encoded, draw, encode
+from fedsb.data.batches import Encoded, draw, encode, with_instances
 from fedsb.data.examples import Example
 from fedsb.data.sites import client_data
 from fedsb.data.tasks import Split, labels_of
@@ -76,10 +77,11 @@ class Session:
             torch.set_num_threads(config.runtime.threads)
         self.config = config
         self.device = device_of(config.runtime.device)
-        source = locate(config.model.source)
-        self.model_sha256 = source.sha256
-        self.tokenizer = load_tokenizer(source)
-        model = load_model(source, model_section(config), len(labels_of(config)) or None, self.device)
+        self.source, encoder = locate(config.model.source), encoder_of(config)
+        self.identity = identity_of(self.source, encoder)
+        self.encoder = Encoder(encoder) if encoder else None
+        self.tokenizer = load_tokenizer(self.source)
+        model = load_model(self.source, model_section(config), len(labels_of(config)) or None, self.device)
         self.model = attach(model, config, self.tokenizer)
         self.transformer = self.model.get_base_model()
         self.parameters = parameters_of(self.model)
@@ -182,15 +184,18 @@ class Session:
         """Score the base model, without what was folded into its weights."""
         fold_into(layers_of(self.model), (), self.pristine)
         try:
-            return self.score(site, self.base_vector())
+            return self._score(site, self.base_vector(), self.config.evaluation.split, prompted=False)
         finally:
             fold_into(layers_of(self.model), self.folds, self.pristine)
 
     def score(self, site: Site, vector: Tensor, split: Split | None = None) -> Score:
         """Score a state on the client's own test set, or whatever `split` or else `evaluation.split` says."""
-        section = self.config.evaluation
-        split = split or section.split
-        examples, rows = self.examples(site, split), self.rows(site, split)
+        return self._score(site, vector, split or self.config.evaluation.split)
+
+    def _score(self, site: Site, vector: Tensor, split: Split, *, prompted: bool = True) -> Score:
+        section, examples, rows = self.config.evaluation, self.examples(site, split), self.rows(site, split)
+        if not prompted:
+            rows = with_instances(rows, [None] * len(rows))
         set_state(self.model, self.layout.unflatten(vector))
         return evaluate(
             self.transformer,
@@ -236,8 +241,11 @@ class Session:
         return client_data(self.config, site.name, site.index, split)
 
     def _rows(self, site: Site, split: Split) -> Sequence[Encoded]:
-        data = self.config.data
-        return encode(self.examples(site, split), self.tokenizer, data.max_length, data.system_prompt, self.config.model.kind)
+        data, examples = self.config.data, self.examples(site, split)
+        rows = encode(examples, self.tokenizer, data.max_length, data.system_prompt, self.config.model.kind)
+        if self.encoder is None:
+            return rows
+        return with_instances(rows, self.encoder.encode([example.prompt for example in examples]).unbind())
 
     def use(self, basis: Basis) -> None:
         """Put a basis in place; a state must be loaded afterwards."""

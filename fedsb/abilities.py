@@ -24,13 +24,16 @@ Method = Literal[
     "flora-ones",
     "nola",
     "galore",
+    "lopa",
     "lorafusion",
     "lorafusion-product",
 ]
 
 HEADS = 4  # of RAVAN, as in its paper's tables
+RANKS = {"lopa": 1}  # methods with another rank by default than `adapter.rank` says
 BASES = 128  # random matrices of NOLA on each side, as its paper has for a model of 7B
 IN_TURN = ("refreshed-sb",)  # methods whose heads are trained one after another
+PROMPTING = ("lopa",)  # methods with a prompt for each instance, which an encoder looks at
 FUSING = ("lorafusion", "lorafusion-product")  # methods that mix a pool of adapters
 HEADED = ("ravan", *IN_TURN, *FUSING)  # methods with `adapter.heads`
 RANKED_LORA = ("hetlora", "flexlora")  # methods whose mean needs each client's own factors
@@ -63,6 +66,15 @@ ROBUST = ("trimmed-mean", "median", "krum", "multi-krum")  # strategies that loo
 MEANS = ("fedavg", "fedprox")  # strategies whose server takes a round's mean as it is
 WHOLE = (*ROBUST, "scaffold", "fedbuff")  # strategies that count every number of a state alike
 OPTIMISERS = ("fedadam", "fedyogi", "fedadagrad")  # strategies whose server takes steps of its own
+OWN_METHOD = {  # of `[adapter]` → the method that has it
+    "smallest_rank": "dylora",
+    "draw": "dylora",
+    "frozen": "dylora",
+    "bases": "nola",
+    "encoder": "lopa",
+    "tokens": "lopa",
+    "hidden": "lopa",
+}
 OWN_SETTINGS = {  # of `[strategy]` → the strategies that have it
     "mu": ("fedprox",),
     "rate": OPTIMISERS,

@@ -11,16 +11,15 @@ from pydantic import Field, model_validator
 
 from fedsb.abilities import (
     FOLDING,
-    FUSING,
-    HEADED,
     IN_TURN,
     MEANS,
     NO_RECORDS,
     OWN_SETTINGS,
+    PROMPTING,
     RANKED,
     RANKED_LORA,
+    RANKS,
     ROBUST,
-    SCALED,
     SOURCES,
     WHOLE,
 )
@@ -62,13 +61,17 @@ class Settings(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_the_methods_own_basis(cls, table: Any) -> Any:
-        """Let `basis.source` be by default what the method has."""
+    def _with_the_methods_own(cls, table: Any) -> Any:
+        """Let `basis.source` and `adapter.rank` be by default what the method has."""
         try:
-            source = SOURCES[table["adapter"]["method"]][0]
-            return {**table, "basis": {"source": source, **table.get("basis", {})}}
-        except (KeyError, TypeError):  # no such default, or a table that the fields will refuse
-            return table
+            adapter, method = table["adapter"], table["adapter"]["method"]
+            if method in RANKS:
+                table = {**table, "adapter": {"rank": RANKS[method], **adapter}}
+            if method in SOURCES:
+                table = {**table, "basis": {"source": SOURCES[method][0], **table.get("basis", {})}}
+        except (KeyError, TypeError):  # no method, or a table that the fields will refuse
+            pass
+        return table
 
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":
@@ -96,12 +99,6 @@ class Settings(Section):
             )
         if (self.basis.source == "pool") != (self.basis.pool is not None):
             raise ValueError('basis.source = "pool" and basis.pool go together; set both or neither')
-        if self.adapter.method in FUSING and self.adapter.heads is None:
-            raise ValueError(
-                f'adapter.method = "{self.adapter.method}" needs adapter.heads, how many adapters basis.pool holds; set it'
-            )
-        if self.adapter.method not in SCALED and self.adapter.alpha is not None:
-            raise ValueError(f'adapter.alpha scales LoRA, and adapter.method = "{self.adapter.method}" has no scale; drop it')
         if self.adapter.method in (*FOLDING, "lora-ga") and self.model.dtype == "bf16":
             raise ValueError(
                 f'adapter.method = "{self.adapter.method}" adds to the base model\'s weights what model.dtype = "bf16" would '
@@ -111,18 +108,11 @@ class Settings(Section):
             raise ValueError(
                 f'adapter.method = "{self.adapter.method}" is exact only with federation.wire_dtype = "fp32"; leave it out'
             )
-        if self.adapter.method not in HEADED and self.adapter.heads is not None:
+        if self.adapter.method in PROMPTING and self.model.kind == "classification":
             raise ValueError(
-                f'adapter.heads are those of {", ".join(HEADED)}, and adapter.method = "{self.adapter.method}" has none; '
-                "drop them"
+                f'adapter.method = "{self.adapter.method}" puts a prompt before what a causal model reads; '
+                'set model.kind = "causal", or another method'
             )
-        if self.adapter.method != "nola" and self.adapter.bases is not None:
-            raise ValueError(f'adapter.bases are of nola, and adapter.method = "{self.adapter.method}" has none; drop it')
-        for key in ("smallest_rank", "draw", "frozen"):
-            if self.adapter.method != "dylora" and getattr(self.adapter, key) != AdapterSection.model_fields[key].default:
-                raise ValueError(f'adapter.{key} is of dylora, and adapter.method = "{self.adapter.method}" has none; drop it')
-        if self.adapter.smallest_rank > self.adapter.rank:
-            raise ValueError("adapter.smallest_rank is larger than adapter.rank; lower it")
         if self.basis.source != "public" and (self.basis.r0 == "paper" or self.basis.sign):
             raise ValueError('basis.r0 = "paper" and basis.sign need basis.source = "public"; drop them or change the source')
         if self.data.partition == "task" and self.federation.clients < len(self.data.tasks):

@@ -9,6 +9,7 @@ from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
 from fedsb.adapters.attach import attach, layout_of, model_section, scale_of, shapes_of, start_state
+from fedsb.adapters.instances import encoder_of, identity_of
 from fedsb.adapters.methods import METHODS
 from fedsb.adapters.share import share_of, trained_size
 from fedsb.aggregation.checks import Strikes, check_equal, check_size
@@ -52,7 +53,8 @@ class Federation:
 
     def __init__(self, config: RunConfig, grid: Grid, folder: Path, journal: Journal, home: Path | None = None) -> None:
         self.config, self.grid, self.folder, self.journal, self.home = config, grid, folder, journal, home
-        self.source = locate(config.model.source)
+        self.source, self.encoder = locate(config.model.source), encoder_of(config)
+        self.identity = identity_of(self.source, self.encoder)
         self.labels = len(labels_of(config)) or None
         outline = self._model(with_weights=False)
         self.trained = layout_of(outline)
@@ -143,7 +145,7 @@ class Federation:
         """Raise ReplyError unless a reply is of a client that may take part, with this run's model."""
         share = Shares(self.config, self.layout).share(identity.client)
         check_equal("layout", identity.layout, share.layout.fingerprint)
-        check_equal("base model", identity.model, self.source.sha256)
+        check_equal("base model", identity.model, self.identity)
         if not SITE_NAME.fullmatch(identity.client):
             raise ReplyError(f"bears the name {identity.client[:63]!r}, which is none (a-z, 0-9, dot, dash, underscore)")
         if self.home:
@@ -168,7 +170,7 @@ class Federation:
             return 0, pack_state(self.layout.flatten(state), self.config.federation.wire_dtype)
         if last.basis_fingerprint != basis.fingerprint:
             raise BasisError(f"{self.folder}: the checkpoint is of another basis than basis/; choose another --out")
-        checkpoint.check_model(last, self.source.sha256, self.config.model.source)
+        checkpoint.check_model(last, self.identity, self.config.model.source)
         self.traffic = Traffic(**last.progress["bytes"])
         self.history = last.progress["history"]
         self.peak_memory = last.progress["peak_memory"]
@@ -201,7 +203,7 @@ class Federation:
         peak = max(self.peak_memory, peak_memory())
         counts = {"strikes": self.strikes.counts, "peak_memory": peak, "strategy": result.notes}
         progress = {"bytes": vars(self.traffic), "history": self.history, **counts}
-        digest, model, memory = self.config.digest(), self.source.sha256, dict(result.memory)
+        digest, model, memory = self.config.digest(), self.identity, dict(result.memory)
         checkpoint.save(self.folder, checkpoint.Checkpoint(result.round, state, digest, basis, model, progress, memory))
         self.name_nodes("silent", result.round, result.silent)
         self.name_nodes("late", result.round, result.late)

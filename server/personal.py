@@ -38,6 +38,8 @@ def personalise(run: Federation, strategy: FedSB, state: ArrayRecord) -> None:
     beyond: dict[str, Any] = {}
     if METHODS[run.config.adapter.method].expand:
         beyond = {"seed": run.config.seed, "sides": run.shapes}
+    if run.encoder is not None:
+        beyond = {"encoder": adapters.ModelId(name=run.encoder.name, sha256=run.encoder.sha256)}
     strategy.expect_personal(state, run.trained)
     for client, reply in strategy.accepted(rounds, exchange(messages.values())):
         try:

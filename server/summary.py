@@ -5,6 +5,7 @@ from collections import Counter
 from importlib.metadata import version
 from typing import Any
 
+from fedsb.adapters.instances import size_of
 from fedsb.adapters.share import trained_size
 from fedsb.basis.frames import Basis
 from fedsb.privacy.accounting import epsilon
@@ -19,10 +20,11 @@ PACKAGES = ("fedsb", "flwr", "torch", "transformers", "peft", "opacus", "numpy",
 
 def summarise(run: Federation, basis: Basis, evaluation: dict[str, Any], seconds: float) -> dict[str, Any]:
     """The summary of a finished run."""
-    config, history = run.config, run.history
+    config, history, encoder = run.config, run.history, run.encoder
     replies = sum(entry["clients"] for entry in history)
     return {
         "model": {"name": run.source.name, "sha256": run.source.sha256},
+        "encoder": None if encoder is None else {"name": encoder.name, "sha256": encoder.sha256, "parameters": size_of(encoder)},
         "method": config.adapter.method,
         "strategy": config.strategy.name,
         "rank": config.adapter.rank,

@@ -39,10 +39,10 @@ def attach(model: Any, config: RunConfig, tokenizer: Any = None) -> Any:
     told: dict[str, Any] = {"target_modules": targets, "task_type": task}
     if set(method.frames) == {"B", "A"}:
         told |= {"basis_dtype": config.basis.dtype, "seed": config.seed}
-    if method.expand:
-        told |= {"seed": config.seed, "bases": config.base_count}
     if method.heads:
         told["heads"] = config.head_count
+    if method.settings:
+        told |= method.settings(config)
     peft_config = method.config(adapter.rank, scale_of(config) * adapter.rank, told)
     features = features_of(model, tokenizer) if tokenizer is not None and task == TaskType.SEQ_CLS else None
     linear = {name: (m.out_features, m.in_features) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -154,7 +154,7 @@ def start_state(layout: Layout, basis: Basis, config: RunConfig) -> State:
     method, scale = METHODS[config.adapter.method], scale_of(config)
     for name, shape in layout.shapes:
         if begin := method.begins.get(name.rpartition(".")[2]):
-            state[name] = begin(shape)
+            state[name] = begin(shape, seeded(config.seed, name))
     for name, parts in method.start(basis, scale).items() if method.start else ():
         state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     return state

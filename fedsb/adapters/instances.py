@@ -1,30 +1,49 @@
 """What an instance (one prompt) is like: the embedding of its text by a frozen sentence encoder."""
 
+import hashlib
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
+from fedsb.abilities import PROMPTING
+from fedsb.config import RunConfig
 from fedsb.models import Source, load_tokenizer, locate
 
 AT_ONCE = 64  # texts
 LONGEST = 256  # tokens of a text; of a longer one its end is taken, where a prompt asks
 
 
+def encoder_of(config: RunConfig) -> Source | None:
+    """The encoder that a run asks, if its method has one. Raises ModelError if it is not there."""
+    return locate(config.adapter.encoder) if config.adapter.method in PROMPTING else None
+
+
+def identity_of(model: Source, encoder: Source | None) -> str:
+    """SHA-256 of all that is frozen and must be the same everywhere: the base model, and the encoder if there is one."""
+    return hashlib.sha256((model.sha256 + encoder.sha256).encode()).hexdigest() if encoder else model.sha256
+
+
+def size_of(encoder: Source) -> int:
+    """How many numbers an encoder has, without loading them."""
+    with torch.device("meta"):
+        return AutoModel.from_config(AutoConfig.from_pretrained(encoder.folder)).num_parameters()  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=8)
+def width_of(name: str) -> int:
+    """h, numbers of an encoder's embeddings, without loading its weights. Raises ModelError if there is no such model."""
+    return int(AutoConfig.from_pretrained(locate(name).folder).hidden_size)
+
+
 class Encoder:
-    """A sentence encoder: mean of the last hidden states over the tokens, of length 1. Frozen, fp32, on the CPU.
+    """A sentence encoder: mean of the last hidden states over the tokens, of length 1. Frozen, fp32, on the CPU."""
 
-    Args:
-        name: as of `model.source`; such as `minilm-l6-v2`.
-
-    Raises ModelError if there is no such model.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.source: Source = locate(name)
+    def __init__(self, source: Source) -> None:
+        self.source = source
         self._tokenizer = load_tokenizer(self.source)
         self._tokenizer.truncation_side = "left"
         self._model = AutoModel.from_pretrained(self.source.folder, dtype=torch.float32).requires_grad_(False).eval()
@@ -33,11 +52,6 @@ class Encoder:
     def width(self) -> int:
         """h, numbers of an embedding."""
         return int(self._model.config.hidden_size)
-
-    @cached_property
-    def numbers(self) -> int:
-        """How many numbers the encoder has, none of which is trained, and all of which each user needs."""
-        return sum(parameter.numel() for parameter in self._model.parameters())
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:

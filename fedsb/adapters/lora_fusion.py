@@ -130,7 +130,7 @@ def core_of(c: Tensor, r: int, *, product: bool) -> Tensor:
     return core
 
 
-def _first(shape: tuple[int, ...]) -> Tensor:
+def _first(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     c = torch.zeros(shape)
     c[0] = 1
     return c

@@ -81,7 +81,9 @@ class Method:
         expand: (layer → parts, layer → (out, in), rank, seed) → layer → the parts that `chain` takes, where those that are
             trained mean something only with what follows from the seed.
         draws: parts that do not start as zero → (shape, generator) → the part (`A`, which several have, is drawn as LoRA's).
-        begins: parts with which a run starts, where these are not the base model's: (shape) → the part.
+        begins: parts with which a run starts, where these are not the base model's: (shape, generator) → the part.
+        settings: run → what else PEFT is told.
+        output: (parts, inputs (n, in)) → what a layer makes of them, where it changes no weight: its prompts.
         reach: (how far AdamW's steps can move a trained number, the state that was sent) → how far they can move the state.
     """
 
@@ -108,7 +110,9 @@ class Method:
     multiplies: bool = False
     expand: Expand | None = None
     draws: Mapping[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = field(default_factory=dict)
-    begins: Mapping[str, Callable[[tuple[int, ...]], Tensor]] = field(default_factory=dict)
+    begins: Mapping[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = field(default_factory=dict)
+    settings: Callable[[RunConfig], dict[str, Any]] | None = None
+    output: Callable[[Parts, Tensor], Tensor] | None = None
     reach: Callable[[float, Tensor], Tensor] = by_steps
 
     @property

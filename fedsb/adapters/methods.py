@@ -8,6 +8,7 @@ from fedsb.adapters.ffa_lora import FFA_LORA
 from fedsb.adapters.flora import FLORA, FLORA_ONES
 from fedsb.adapters.flora_stacking import FLORA_STACKING
 from fedsb.adapters.galore import GALORE
+from fedsb.adapters.lopa import LOPA
 from fedsb.adapters.lora import LORA
 from fedsb.adapters.lora_fusion import LORAFUSION, LORAFUSION_PRODUCT
 from fedsb.adapters.lora_ga import LORA_GA
@@ -43,6 +44,7 @@ METHODS: dict[str, Method] = {
     "flora-ones": FLORA_ONES,
     "nola": NOLA,
     "galore": GALORE,
+    "lopa": LOPA,
     "lorafusion": LORAFUSION,
     "lorafusion-product": LORAFUSION_PRODUCT,
 }

@@ -276,4 +276,5 @@ NOLA = Method(
     says=SAYS,
     rate=1e-2,  # untuned
     expand=expanded,
+    settings=lambda run: {"seed": run.seed, "bases": run.base_count},
 )

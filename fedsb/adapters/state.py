@@ -17,6 +17,7 @@ from peft.tuners.miss.layer import MissLinear
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from fedsb.adapters.lopa import LopaEmbedding
 from fedsb.adapters.own_layer import OwnLinear
 from fedsb.adapters.ravan import HEADS, SCALES
 from fedsb.errors import AdapterError
@@ -27,11 +28,12 @@ HEAD = "head."
 
 
 def layers_of(model: nn.Module) -> dict[str, Any]:
-    """Layer name (its path in the base model) → adapted layer (ours, or PEFT's LoRA or MiSS), in the model's order."""
+    """Layer name (its path in the base model) → adapted layer (ours, or PEFT's LoRA or MiSS), in the model's order; of LoPA the
+    input embedding."""
     return {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
-        if isinstance(module, OwnLinear | LoraLinear | MissLinear)
+        if isinstance(module, OwnLinear | LopaEmbedding | LoraLinear | MissLinear)
     }
 
 
@@ -40,7 +42,7 @@ def parameters_of(model: nn.Module, adapter: str = "default") -> dict[str, nn.Pa
     found: dict[str, nn.Parameter] = {}
     for path, module in model.named_modules():
         path = path.removeprefix("base_model.model.")
-        if isinstance(module, OwnLinear):
+        if isinstance(module, OwnLinear | LopaEmbedding):
             found |= {f"{path}.{part}": parameter for part, parameter in module.trained(adapter).items()}
         elif isinstance(module, LoraLinear) and adapter in module.lora_A:
             factors: dict[str, Any] = {"A": module.lora_A[adapter].weight, "B": module.lora_B[adapter].weight}

@@ -17,7 +17,7 @@ class AggregationError:
     For a Gaussian probe v, E‖M·v‖² = ‖M‖_F², so each client's update is applied to the same few probes instead of being
     formed (out x in numbers a layer). A frozen A is applied to the probes once. Memory: PROBES columns a layer, and a frozen B.
     An update without a chain is linear in its parts, and the error is measured on these themselves; of one that W0 is multiplied
-    with (`Method.multiplies`), it is measured on that factor. All in fp64.
+    with (`Method.multiplies`), it is measured on that factor; of prompts (`Method.output`) on those of the probes. All in fp64.
 
     Args:
         method: says what an update is (`Method.chain`).
@@ -85,7 +85,9 @@ class AggregationError:
         return self._method.expand(parts, self._shapes, self._rank, self._seed) if self._method.expand else parts
 
     def _apply(self, name: str, parts: Parts) -> Tensor:
-        """A layer's update times its probes (out, PROBES), or its parts as one vector."""
+        """A layer's update times its probes (out, PROBES), or what it makes of them, or its parts as one vector."""
+        if self._method.output is not None:
+            return self._method.output(parts, self._probes[name].mT)
         if self._method.chain is None:
             return torch.cat([part.flatten() for part in parts.values()])
         chain = self._method.chain(parts, self._b.get(name), self._a.get(name), self._scale)

@@ -46,7 +46,7 @@ def evaluate_run(run: Path) -> dict[str, dict[str, dict[str, Any]]]:
             f"{run}: with adapter.method = {config.adapter.method} its sites keep parts of the model themselves; the scores that "
             "they gave are in its summary.json"
         )
-    checkpoint.check_model(last, session.model_sha256, config.model.source)
+    checkpoint.check_model(last, session.identity, config.model.source)
     basis = load_basis(run, last.basis_fingerprint)
     session.use(basis)
     blank = torch.zeros(session.layout.size)

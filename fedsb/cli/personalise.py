@@ -82,7 +82,7 @@ def _personalised(
         raise StoreError(f"{client} took part in {run}, which gave it an adapter; name a new client with --client")
     config = own_config(told, client, data)
     session, site = Session(config), Site(client, 0, run / "sites")
-    checkpoint.check_model(last, session.model_sha256, told.model.source)
+    checkpoint.check_model(last, session.identity, told.model.source)
     basis = load_basis(run, last.basis_fingerprint)
     session.use(basis)
     session.examples(site, "test")  # now, so that nothing is trained where they cannot be read
@@ -108,7 +108,7 @@ def _personalised(
         store,
         client,
         session.layout.unflatten(vector),
-        base_model=adapters.ModelId(name=config.model.source, sha256=session.model_sha256),
+        base_model=adapters.ModelId(name=config.model.source, sha256=session.source.sha256),
         method=config.adapter.method,
         rank=config.adapter.rank,
         basis_fingerprint=basis.fingerprint,

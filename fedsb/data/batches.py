@@ -1,7 +1,7 @@
 """From examples to tensors: tokens through the chat template, padding and masks, and who draws what at which step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
@@ -23,11 +23,15 @@ PROBE = "A system message that nobody would write."
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of one example. Classification: the whole text is `prompt`, `completion` is empty."""
+    """Token ids of one example. Classification: the whole text is `prompt`, `completion` is empty.
+
+    instance: what an encoder makes of the prompt's text (h,), where a method asks one.
+    """
 
     prompt: list[int]
     completion: list[int]
     label: int | None = None
+    instance: Tensor | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
         """Tokens of prompt and completion together."""
@@ -39,16 +43,19 @@ class Batch:
     """B padded rows of T tokens.
 
     input_ids (B, T) int64; attention_mask (B, T) int64, 1 at tokens and 0 at padding; labels int64: (B, T), equal to
-    input_ids at the completion and -100 elsewhere (causal, not shifted), or (B,) label ids (classification).
+    input_ids at the completion and -100 elsewhere (causal, not shifted), or (B,) label ids (classification);
+    instances (B, h), if the rows have such.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    instances: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+        instances = None if self.instances is None else self.instances.to(device)
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device), instances)
 
 
 def encode(
@@ -94,7 +101,7 @@ def collate(rows: Sequence[Encoded], pad_id: int, kind: Kind) -> Batch:
     if kind == "classification":
         return Batch(input_ids, mask, torch.tensor([row.label for row in rows], dtype=torch.int64))
     labels = [[IGNORED] * len(row.prompt) + row.completion + [IGNORED] * (width - len(row)) for row in rows]
-    return Batch(input_ids, mask, _rectangle(labels, width))
+    return Batch(input_ids, mask, _rectangle(labels, width), _instances(rows))
 
 
 def collate_prompts(rows: Sequence[Encoded], pad_id: int) -> Batch:
@@ -102,7 +109,12 @@ def collate_prompts(rows: Sequence[Encoded], pad_id: int) -> Batch:
     width = _width([row.prompt for row in rows])
     input_ids = _rectangle([[pad_id] * (width - len(row.prompt)) + row.prompt for row in rows], width)
     mask = _rectangle([[0] * (width - len(row.prompt)) + [1] * len(row.prompt) for row in rows], width)
-    return Batch(input_ids, mask, torch.full_like(input_ids, IGNORED))
+    return Batch(input_ids, mask, torch.full_like(input_ids, IGNORED), _instances(rows))
+
+
+def with_instances(rows: Sequence[Encoded], instances: Sequence[Tensor | None]) -> list[Encoded]:
+    """The same rows with other instances (h,), or with none."""
+    return [replace(row, instance=instance) for row, instance in zip(rows, instances, strict=True)]
 
 
 def draw(n: int, step: int, batch_size: int, seed: int, client: str) -> list[int]:
@@ -217,6 +229,11 @@ def _template(tokenizer: "PreTrainedTokenizerBase", system: str | None, user: st
     given = [("system", system), ("user", user)]
     messages = [{"role": role, "content": content} for role, content in given if content is not None]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=user is not None))
+
+
+def _instances(rows: Sequence[Encoded]) -> Tensor | None:
+    found = [row.instance for row in rows if row.instance is not None]
+    return torch.stack(found) if found else None
 
 
 def _width(sequences: Sequence[Sequence[int]]) -> int:

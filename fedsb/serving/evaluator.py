@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from fedsb.data.batches import Batch, Encoded, Kind, collate, collate_prompts, evaluation_order
 from fedsb.data.examples import Example
-from fedsb.training.loss import head_of, labelled_states, sequence_weights
+from fedsb.training.loss import head_of, inputs_of, labelled_states, sequence_weights
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,15 @@ def _classified(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 def _generate(model: Any, rows: Sequence[Encoded], tokenizer: Any, device: torch.device, max_new_tokens: int) -> list[str]:
     """Greedy continuations, without the prompts."""
     batch = collate_prompts(rows, tokenizer.pad_token_id).to(device)
+    inputs = inputs_of(model, batch)
+    inputs.pop("position_ids", None)  # generate counts for itself
     tokens = model.generate(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
+        **inputs,
         do_sample=False,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    texts: list[str] = tokenizer.batch_decode(tokens[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+    prompt = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0  # of embeddings nothing comes back
+    texts: list[str] = tokenizer.batch_decode(tokens[:, prompt:], skip_special_tokens=True)
     return texts

@@ -63,6 +63,7 @@ class Manifest(BaseModel):
     epsilon: float | None = None
     seed: int | None = None  # of what follows from it: NOLA's random matrices
     sides: dict[str, tuple[int, int]] | None = None  # layer → (out, in), where the parts do not show them
+    encoder: ModelId | None = None  # that looks at each prompt, where the method has one
     standardised: bool = False  # whether the head is on standardised features (`fedsb/adapters/head.py`)
 
 
@@ -140,6 +141,7 @@ def publish(
     standardised: bool = False,
     seed: int | None = None,
     sides: Mapping[str, tuple[int, int]] | None = None,
+    encoder: ModelId | None = None,
 ) -> int:
     """Publish a client's state as its next version, make it the current one, and return its number, from 1.
 
@@ -170,6 +172,7 @@ def publish(
                 standardised=standardised,
                 seed=seed,
                 sides=None if sides is None else dict(sides),
+                encoder=encoder,
             )
             write_file(staged / MANIFEST_FILE, (manifest.model_dump_json(indent=2) + "\n").encode())
         write_json(folder / CURRENT_FILE, {"version": version})

@@ -7,7 +7,6 @@ truncated, and what is lost is said. FLoRA's are also a HiRA, which loses nothin
 """
 
 import functools
-import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -17,12 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedsb.abilities import FUSING
+from fedsb.abilities import FUSING, PROMPTING
 from fedsb.adapters.coefficients import pack, rows_of
+from fedsb.adapters.lopa import NAMES as PROMPT_NAMES
 from fedsb.adapters.methods import METHODS
 from fedsb.basis.frames import Basis, beside
 from fedsb.errors import BasisError, StoreError
 from fedsb.store.adapters import StoredAdapter
+from fedsb.store.card import card
 from fedsb.store.files import read_json, sha256_of, staged_folder, write_file, write_json
 from fedsb.store.tensors import save_tensors
 from fedsb.store.truncation import truncated
@@ -36,8 +37,6 @@ CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, MANIFEST_FILE = (
 PREFIX = "base_model.model."
 STACKED = re.compile(r"(.*?)\.(\d+)\.(.+)")  # model.layers . 0 . self_attn.q_proj
 HEADS = ("classifier", "score")  # the heads that PEFT and vLLM know by name
-TUNERS = {"FEDSB": "fedsb.adapters.tuner", "FEDSB_NOLA": "fedsb.adapters.nola"}  # importing one registers its peft_type
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank in vLLM 0.32
 
 
 def export_lora(
@@ -62,6 +61,8 @@ def export_lora(
     """
     stored, basis = _fitted(stored, basis, rank)
     method, scale = METHODS[stored.manifest.method], stored.manifest.scale
+    if method.output is not None:
+        raise StoreError(f"{stored.manifest.method} changes no weights, and so is no LoRA; use --format core")
     loras: dict[str, tuple[Tensor, Tensor]] = {}
     lost: float | None = None
     if method.takes_weights:
@@ -106,13 +107,20 @@ def export_core(
     stored: StoredAdapter, basis: Basis, out: Path, modules: Collection[str] = (), rank: int | None = None, bits: int = 32
 ) -> Path:
     """Write our own format: core (r, r) fp32, or RAVAN's heads; A (r, in) and B (out, r) in the basis' dtype. Of NOLA
-    coefficients alone, in `bits` each (`fedsb.adapters.coefficients`).
+    coefficients alone, in `bits` each (`fedsb.adapters.coefficients`); of LoPA the prompt and its networks.
 
     Raises as `export_lora`, and StoreError for a method without cores.
     """
     stored, basis = _fitted(stored, basis, rank)
     if METHODS[stored.manifest.method].expand:
         return _write(out, stored, nola_config(stored, modules, bits), packed(stored, bits) | _head(stored))
+    if stored.manifest.method in PROMPTING:
+        named = {
+            f"{PREFIX}{layer}.fedsb_lopa.{PROMPT_NAMES[part]}": tensor
+            for layer, parts in stored.layers.items()
+            for part, tensor in parts.items()
+        }
+        return _write(out, stored, lopa_config(stored), named)
     native = METHODS[stored.manifest.method].native
     if native is None:
         other = "hira" if METHODS[stored.manifest.method].multiplies else "lora"
@@ -157,6 +165,20 @@ def nola_config(stored: StoredAdapter, modules: Collection[str], bits: int) -> d
         "bits": bits,
         "peft_type": "FEDSB_NOLA",
         "seed": manifest.seed,
+    }
+
+
+def lopa_config(stored: StoredAdapter) -> dict[str, Any]:
+    """`adapter_config.json` of LoPA's prompt, whose peft_type an unmodified PEFT refuses. It names the encoder."""
+    ((embedding, parts),) = stored.layers.items()
+    hidden, width = parts["U1"].shape
+    return _common(stored, ()) | {
+        "encoder": "" if stored.manifest.encoder is None else stored.manifest.encoder.name,
+        "encoder_width": width,
+        "hidden": hidden,
+        "peft_type": "FEDSB_LOPA",
+        "target_modules": [embedding],
+        "tokens": parts["shared"].shape[0],
     }
 
 
@@ -263,7 +285,7 @@ def _write(
     with staged_folder(out) as staged:
         write_json(staged / CONFIG_FILE, config)
         save_tensors(staged / WEIGHTS_FILE, tensors, {"format": "pt"})
-        write_file(staged / CARD_FILE, _card(stored, config, lost).encode())
+        write_file(staged / CARD_FILE, card(stored, config, lost).encode())
         files = {name: sha256_of(staged / name) for name in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)}
         write_json(staged / MANIFEST_FILE, stored.manifest.model_dump(mode="json") | truncation | {"files": files})
     return out
@@ -282,64 +304,3 @@ def _guard(out: Path) -> None:
     strangers = sorted({path.name for path in out.iterdir()} - files.keys() - {MANIFEST_FILE})
     if strangers:
         raise StoreError(f"{out}: holds {strangers[0]}, which no export wrote; move it away or name a new folder")
-
-
-def _card(stored: StoredAdapter, config: Mapping[str, Any], lost: float | None) -> str:
-    manifest = stored.manifest
-    trained = sum(tensor.numel() for tensor in stored.state.values())
-    method = METHODS[manifest.method]
-    basis = f"| basis fingerprint | `{manifest.basis_fingerprint}` |\n" if method.frames else ""
-    cut = "" if lost is None else f"| truncated | to rank {config['r']}: {lost:.2%} of the update's norm is lost |\n"
-    kind = {"LORA": "a LoRA", "HIRA": "a HiRA"}.get(config["peft_type"], "ours")
-    whole = "" if config["r"] == manifest.rank else f", here as {kind} of rank {config['r']}"
-    privacy = "none" if manifest.epsilon is None else f"ε = {manifest.epsilon:g} spent by this client"
-    return f"""---
-base_model: {json.dumps(manifest.base_model.name)}
-library_name: peft
-tags: [fedsb, {manifest.method}, {str(config["peft_type"]).lower()}]
----
-
-# {manifest.client}, version {manifest.version}
-
-| | |
-|---|---|
-| base model | `{manifest.base_model.name}` (SHA-256 `{manifest.base_model.sha256}`) |
-| method | {manifest.method}, rank {manifest.rank}{whole} |
-| adapted layers | {len(stored.layers)} |
-| trained numbers | {trained:,} |
-| task | {manifest.task} |
-| round | {manifest.round} |
-| differential privacy | {privacy} |
-{basis}{cut}| published | {manifest.created} |
-
-Trained with FedSB. {method.says} The server averaged what they sent in each of {manifest.round} rounds, and
-this client went on from the last average on its own data. The files' SHA-256 are in `manifest.json`.
-
-{_how_to_load(stored, config)}"""
-
-
-def _how_to_load(stored: StoredAdapter, config: Mapping[str, Any]) -> str:
-    kind = "SequenceClassification" if config["task_type"] == "SEQ_CLS" else "CausalLM"
-    own = f"import {TUNERS[config['peft_type']]}  # teaches PEFT this format\n" if config["peft_type"] in TUNERS else ""
-    base = stored.manifest.base_model.name
-    text = f"""## Loading it with PEFT
-
-```python
-{own}from peft import PeftModel
-from transformers import AutoModelFor{kind}
-
-base = AutoModelFor{kind}.from_pretrained({json.dumps(base)})
-model = PeftModel.from_pretrained(base, "THIS_FOLDER")
-```
-"""
-    limit = next((rank for rank in VLLM_RANKS if rank >= config["r"]), None)
-    if config["peft_type"] != "LORA" or limit is None or config["task_type"] != "CAUSAL_LM":
-        return text
-    name = stored.manifest.client
-    return f"""{text}
-## Serving it with vLLM
-
-```
-vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules {name}=THIS_FOLDER
-```
-"""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedsb.adapters.lopa import prompted
 from fedsb.data.batches import Batch
 
 CHUNK_NUMBERS = 1 << 23  # logits held at one time: 32 MiB in fp32
@@ -72,14 +73,18 @@ def labelled_states(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         states (N, d or V), labels (N,), row (N,): the sequence that each position belongs to.
     """
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-    if head_of(model) is None:
-        states = model(**inputs).logits
-    else:
-        states = model.base_model(**inputs).last_hidden_state
-    labels = batch.labels[:, 1:]
+    inputs = inputs_of(model, batch) | {"use_cache": False}
+    states = model(**inputs).logits if head_of(model) is None else model.base_model(**inputs).last_hidden_state
+    states, labels = states[:, -batch.input_ids.shape[1] :], batch.labels[:, 1:]  # without those of a soft prompt
     row, column = (labels != -100).nonzero(as_tuple=True)
     return states[row, column], labels[row, column], row
+
+
+def inputs_of(model: Any, batch: Batch) -> dict[str, Tensor]:
+    """What a causal model is given of a batch: its tokens, or soft prompts and embedded tokens where its rows have instances."""
+    if batch.instances is None:
+        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    return prompted(model, batch.input_ids, batch.attention_mask, batch.instances)
 
 
 def sequence_weights(row: Tensor, sequences: int) -> Tensor:

@@ -21,9 +21,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from opacus.grad_sample import GradSampleHooks
+from opacus.grad_sample import GradSampleHooks, register_grad_sampler
 from torch import Tensor, nn
 
+from fedsb.adapters.lopa import Shared, made_up_instances
 from fedsb.adapters.method import Around, wholly
 from fedsb.adapters.state import HEAD
 from fedsb.data.batches import Encoded, Kind, collate
@@ -175,7 +176,9 @@ def check_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter], ki
     if model in _checked:
         return
     rows = [Encoded(list(range(3, 3 + n)), [] if kind == "classification" else [3, 4], 0) for n in (2, 5, 9)]
-    rows = rows if kind == "classification" else [Encoded(row.prompt, row.completion) for row in rows]
+    if kind == "causal":
+        made = zip(rows, made_up_instances(model, len(rows)), strict=True)
+        rows = [Encoded(row.prompt, row.completion, instance=instance) for row, instance in made]
     _train_without_dropout(model)
     with _in_fp32(model):
         together, alone = (_made_up(model, parameters, kind, pad_id, batches) for batches in ([rows], [[row] for row in rows]))
@@ -235,6 +238,12 @@ def gradients_of_records(model: nn.Module, parameters: Mapping[str, nn.Parameter
         hooks.remove_hooks()
         for parameter in parameters.values():
             parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
+
+
+@register_grad_sampler(Shared)  # type: ignore[untyped-decorator]
+def _of_a_shared_prompt(layer: Shared, activations: Sequence[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+    """∂/∂Z_S of Z_S∘gate: (b, m, d) from the gate and the gradient of the prompt, both of that shape."""
+    return {layer.weight: backprops * activations[0]}
 
 
 def _of_records(name: str, parameter: nn.Parameter, records: int) -> Tensor:

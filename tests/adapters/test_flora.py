@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedsb.abilities import PROMPTING
 from fedsb.adapters.attach import attach, initial_state, layout_of
 from fedsb.adapters.flora import FloraConfig, FloraLinear, start_of_a
 from fedsb.adapters.methods import METHODS
@@ -276,10 +277,9 @@ def test_the_start_is_from_the_seed_and_of_size_one() -> None:
 
 
 def test_states_of_other_methods_and_of_the_other_form_are_refused() -> None:
-    models = {
-        method: attach(llama(), run_config(adapter={"method": method, "target_modules": ["q_proj", "o_proj"]}))
-        for method in METHODS
-    }
+    some = {"target_modules": ["q_proj", "o_proj"]}
+    told = {method: {"method": method} | ({} if method in PROMPTING else some) for method in METHODS}
+    models = {method: attach(llama(), run_config(adapter=adapter)) for method, adapter in told.items()}
     for method in ("flora", "flora-ones"):
         for other in set(METHODS) - {method}:
             with pytest.raises(AdapterError, match="in only one of model and adapter"):

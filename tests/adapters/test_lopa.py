@@ -9,10 +9,12 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModel
 
-from fedsb.adapters.instances import Encoder
+from fedsb.adapters.instances import Encoder, size_of, width_of
 from fedsb.adapters.lopa import LopaConfig, Prompt, count
 from fedsb.errors import AdapterError, ModelError
+from fedsb.models import locate
 from tests.adapters.samples import bert, llama, tokens
 from tests.federation.tiny import save_model
 
@@ -41,7 +43,7 @@ def _parameters(model: torch.nn.Module) -> dict[str, Tensor]:
 def test_prompts_are_those_of_the_equation() -> None:
     model = _adapted()
     p, e = {name: t.detach().double() for name, t in _parameters(model).items()}, _instances(4)
-    found = model.base_model.prompts(e)
+    found, z_s = model.base_model.prompts(e), llama().model.embed_tokens.weight.std() * p["shared.weight"]
     assert found.shape == (4, 3, 32)
     for row in range(4):
         u = (p["u.3.weight"] @ torch.tanh(p["u.0.weight"] @ e[row].double() + p["u.0.bias"]) + p["u.3.bias"]).view(3, 2)
@@ -49,7 +51,7 @@ def test_prompts_are_those_of_the_equation() -> None:
         for i in range(3):
             for j in range(32):
                 gate = 1 / (1 + torch.exp(-(u[i] * v[j]).sum()))
-                assert float(found[row, i, j].detach()) == pytest.approx(float(p["shared"][i, j] * gate), rel=1e-4, abs=1e-5)
+                assert float(found[row, i, j].detach()) == pytest.approx(float(z_s[i, j] * gate), rel=1e-4, abs=1e-5)
 
 
 def test_logits_are_those_of_the_text_after_its_prompt() -> None:
@@ -123,7 +125,7 @@ def test_only_the_prompt_is_trained() -> None:
 def test_gradients_are_those_of_finite_differences() -> None:
     """Of the prompt; the model upcasts to fp32 within."""
     torch.manual_seed(2)
-    prompt, e, w = Prompt(LopaConfig(**SETTINGS), 7, 1.0).double(), _instances(2).double(), torch.randn(2, 3, 7).double()
+    prompt, e, w = Prompt(LopaConfig(**SETTINGS), 7).double(), _instances(2).double(), torch.randn(2, 3, 7).double()
 
     def of(*tensors: Tensor) -> Tensor:
         named = dict(zip(dict(prompt.named_parameters()), tensors, strict=True))
@@ -136,9 +138,10 @@ def test_gradients_are_those_of_finite_differences() -> None:
 def test_the_gate_starts_at_one_half() -> None:
     torch.manual_seed(0)
     model = get_peft_model(llama(), LopaConfig(**SETTINGS)).eval()
-    found, shared = model.base_model.prompts(_instances(2)), _parameters(model)["shared"]
-    torch.testing.assert_close(found, (shared / 2).expand(2, -1, -1), atol=2e-3, rtol=2e-3)
-    assert float(shared.detach().std()) == pytest.approx(float(llama().model.embed_tokens.weight.std()), rel=0.3)
+    found, shared = model.base_model.prompts(_instances(2)), _parameters(model)["shared.weight"]
+    spread = llama().model.embed_tokens.weight.std()
+    torch.testing.assert_close(found, (spread * shared / 2).expand(2, -1, -1), atol=2e-3, rtol=2e-3)
+    assert float(2 * found.detach().std()) == pytest.approx(float(spread), rel=0.3)
 
 
 @pytest.mark.parametrize(("rank", "millions"), [(1, 0.80), (2, 1.07), (4, 1.60)])
@@ -159,6 +162,9 @@ def test_a_prompt_comes_back(low_memory: bool, dtype: torch.dtype, tmp_path: Pat
     assert sum(t.numel() for t in tensors.values()) == count(3, 2, 5, 4, 32)
     loaded = PeftModel.from_pretrained(llama(dtype), tmp_path, low_cpu_mem_usage=low_memory)
     assert loaded.peft_config["default"].encoder == "some-encoder"
+    loaded.load_adapter(tmp_path, "again")
+    again = loaded.get_input_embeddings().fedsb_lopa["again"].state_dict()
+    assert all(torch.equal(tensor, _parameters(saved)[name]) for name, tensor in again.items()) and len(again) == 9
     for name, tensor in _parameters(loaded).items():
         assert torch.equal(tensor, _parameters(saved)[name]) and tensor.dtype == torch.float32
     found = loaded(input_ids=tokens(), instance=e).logits
@@ -195,14 +201,16 @@ def test_what_does_not_go_together_is_refused() -> None:
 
 
 def test_the_encoder_is_frozen_and_a_texts_neighbours_do_not_matter(tmp_path: Path) -> None:
-    encoder = Encoder(save_model(tmp_path / "bert", "classification"))
+    source = locate(save_model(tmp_path / "bert", "classification"))
+    encoder = Encoder(source)
     texts = ["red green blue", "cat", "one two three up down left right"]
     found = encoder.encode(texts)
-    assert found.shape == (3, encoder.width) and encoder.numbers > 10_000
+    assert found.shape == (3, encoder.width) and encoder.width == width_of(source.name)
     torch.testing.assert_close(found.norm(dim=1), torch.ones(3))
     for text, row in zip(texts, found, strict=True):
         torch.testing.assert_close(encoder.encode([text])[0], row, atol=1e-5, rtol=1e-4)
     assert (found[0] - found[1]).norm() > 1e-3 and not found.requires_grad
     assert encoder.encode([]).shape == (0, encoder.width)
     with pytest.raises(ModelError):
-        Encoder("package:no-such-package")
+        width_of("package:no-such-package")
+    assert size_of(source) == sum(p.numel() for p in AutoModel.from_pretrained(source.folder).parameters())

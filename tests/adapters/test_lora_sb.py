@@ -21,7 +21,7 @@ OURS = {"nola": "FEDSB_NOLA", "galore": "FEDSB_GALORE"} | (
     | dict.fromkeys(("bone", "bone-row"), "FEDSB_BONE")
     | dict.fromkeys(("flora", "flora-ones"), "FEDSB_FLORA")
 )
-TYPES = {name: "LORA" for name in METHODS} | OURS | {"miss": "MISS"}
+TYPES = {name: "LORA" for name in METHODS} | OURS | {"miss": "MISS", "lopa": "FEDSB_LOPA"}
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
@@ -297,8 +297,9 @@ def test_the_table_of_methods_builds_what_it_says() -> None:
         config = method.config(RANK, float(RANK), {"target_modules": "all-linear"} | ({"heads": 3} if method.heads else {}))
         assert config.peft_type.value == TYPES[name]
         assert set(method.frames) <= {"B", "A"} and method.parts
-        assert (method.chain is None) != (method.dense is None)
+        assert [method.chain, method.dense, method.output].count(None) == 2
         sizes = {"out": 7, "in": 9, "r": RANK, "out/r": 3, "in/r": 5, "h": 3, "k": 6}
+        sizes |= {"tokens": 2, "hidden": 4, "tokens*r": 2 * RANK, "out*r": 7 * RANK}
         for part, letters in method.parts.items():
             shape = tuple(sizes[letter] for letter in letters)
             assert method.fits(part, shape, RANK) and (method.fits(part, shape, RANK + 1) != ("r" in letters))

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from clients.app import app as client_app
-from fedsb.abilities import FUSING
+from fedsb.abilities import FUSING, PROMPTING
 from fedsb.config import RunConfig
 from fedsb.store.files import read_events, read_json
 from fedsb.store.tensors import load_tensors
@@ -102,13 +102,22 @@ def classification(source: str, task: str, /, **sections: Mapping[str, Any]) -> 
 
 
 def config_of(content: Mapping[str, Any]) -> RunConfig:
-    """A table as a checked configuration, with a pool of adapters for methods that mix one."""
+    """A table as a checked configuration, with a pool of adapters for methods that mix one, and an encoder for LoPA."""
     adapter = content.get("adapter", {})
+    if adapter.get("method") in PROMPTING and content["model"].get("kind", "causal") == "causal":
+        prompt = {"encoder": encoder_of(content["model"]["source"]), "tokens": 2, "hidden": 4}
+        content = {**content, "adapter": {**prompt, **adapter}}
     if adapter.get("method") in FUSING:
         kind = content["model"].get("kind", "causal")
         pool = {"basis": {"source": "pool", "pool": str(pool_of(content["model"]["source"], kind))} | content.get("basis", {})}
         content = {**content, "adapter": {"heads": 2} | adapter, **pool}
     return RunConfig.from_json(json.dumps(content))
+
+
+def encoder_of(source: str) -> str:
+    """A tiny sentence encoder beside a model's folder."""
+    folder = Path(f"{source}-encoder")
+    return str(folder) if folder.exists() else save_model(folder, "classification", 16)
 
 
 def pool_of(source: str, kind: str) -> Path:

@@ -46,6 +46,7 @@ def test_publish_and_load(tmp_path: Path) -> None:
         "scale": 1.0,
         "seed": None,
         "sides": None,
+        "encoder": None,
     }
 
 
