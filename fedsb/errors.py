@@ -77,6 +77,10 @@ class SecureSumError(FedsbError):
     """A secure sum that must not go on: too few clients, other rosters or keys than agreed, a share that is wrong."""
 
 
+class SandboxError(FedsbError):
+    """No sandbox, compiler or interpreter for a generated program; it has not run."""
+
+
 class KeyFileError(FedsbError):
     """A key or certificate that is not what it should be, or has expired."""
 

@@ -48,8 +48,8 @@ class TaskSection(Section):
     name: SiteName = Field(description="the name of the task in tables")
     source: str = Field(
         description="`gym:NAME` (a reasoning-gym data set), `jsonl:FOLDER` (with train.jsonl and test.jsonl; `{client}` in it "
-        'stands for the client\'s name, only with `data.partition = "own"`), or `hub:ID` (a Hugging Face data set with the '
-        "splits train and test)"
+        'stands for the client\'s name, only with `data.partition = "own"`), `hub:ID` (a Hugging Face data set with the '
+        "splits train and test), or `code:humaneval`"
     )
     options: dict[str, int | float | str | bool] = Field(
         default_factory=dict, description="options of the reasoning-gym data set, or the `name` of a hub data set"

@@ -11,7 +11,7 @@ from rich.console import Console
 from clients import own
 from clients.session import Session, Site
 from fedsb.errors import StoreError
-from fedsb.report.table import evaluation_table
+from fedsb.report.table import evaluation_table, languages_table
 from fedsb.store import adapters, checkpoint
 from fedsb.store.basis_files import load_basis
 from server.run_folder import load_run
@@ -26,11 +26,14 @@ def evaluate(
     if json_:
         print(json.dumps(scores))
     else:
-        Console(width=None if Console().is_terminal else 120).print(evaluation_table(scores, load_run(run).evaluation.split))
+        console = Console(width=None if Console().is_terminal else 120)
+        console.print(evaluation_table(scores, load_run(run).evaluation.split))
+        if languages := languages_table(scores):
+            console.print(languages)
 
 
 def evaluate_run(run: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """base | global | personal → client → {loss, exact_match, n, task}.
+    """base | global | personal → client → {loss, exact_match, n, task}, and of programs `languages`: language → [passed, of].
 
     Raises StoreError if the run has no checkpoint, or its clients hold their data at other places.
     """
@@ -64,10 +67,5 @@ def evaluate_run(run: Path) -> dict[str, dict[str, dict[str, Any]]]:
             vectors["personal"] = published.put(published.layout.flatten(mine.state), blank)
         found = {"base": session.score_base(site)} | {which: session.score(site, vector) for which, vector in vectors.items()}
         for which, score in found.items():
-            scores[which][name] = {
-                "loss": score.loss,
-                "exact_match": score.exact_match,
-                "n": score.n,
-                "task": session.task_of(site),
-            }
+            scores[which][name] = score.told(session.task_of(site))
     return scores

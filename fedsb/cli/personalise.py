@@ -1,6 +1,5 @@
 """`fedsb personalise`: a personal adapter for a client that comes after a run."""
 
-from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -117,7 +116,7 @@ def _personalised(
         task=TASK,
         standardised=linear_head(shapes) is not None,
     )
-    scores = {which: {client: asdict(score) | {"task": TASK}} for which, score in found.items()}
+    scores = {which: {client: score.told(TASK)} for which, score in found.items()}
     return scores, f"{client}: version {version} from {count} examples, {did} → {store / client}"
 
 

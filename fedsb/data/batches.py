@@ -73,6 +73,7 @@ def encode(
     least one token of its own stays.
     Of `system_prompt`, None leaves the template's own default, a text goes in as system message, and "" means no system
     block, as far as the template can do without (see `_without_system`).
+    Of a program (`Example.code`) the prompt is its beginning as it stands, whatever the template.
     Classification: the text with the tokenizer's special tokens, truncated as the tokenizer truncates.
 
     Raises DataError for an example of the other kind, a completion that does not fit, an empty text, and a system
@@ -157,38 +158,52 @@ def _encode_completions(
     end = tokenizer.eos_token_id
     if end is None:
         raise ModelError("the tokenizer has no end-of-sequence token, so no answer could end; set its eos_token")
-    prompts = _prompt_ids([e.prompt for e in examples], tokenizer, system_prompt)
+    prompts = _rendered_ids(examples, tokenizer, system_prompt)
     completions = tokenizer([e.completion for e in examples], add_special_tokens=False, verbose=False)["input_ids"]
-    opening = _opening(tokenizer, system_prompt)
+    opening, opening_of_code = (_opening(tokenizer, system_prompt, raw=raw) for raw in (False, True))
     rows = []
     for number, (example, prompt, completion) in enumerate(zip(examples, prompts, completions, strict=True)):
-        room = max_length - len(completion) - 1
-        if len(prompt) > room and room <= opening:
+        room, opens = max_length - len(completion) - 1, opening if example.code is None else opening_of_code
+        if len(prompt) > room and room <= opens:
             raise _wrong(
                 example,
                 number,
-                f": {len(completion) + 1} tokens of completion and {opening + 1} of prompt do not fit into {max_length}; "
+                f": {len(completion) + 1} tokens of completion and {opens + 1} of prompt do not fit into {max_length}; "
                 "raise data.max_length or drop it",
             )
-        fitted = prompt if len(prompt) <= room else prompt[:opening] + prompt[opening - room :]
+        fitted = prompt if len(prompt) <= room else prompt[:opens] + prompt[opens - room :]
         rows.append(Encoded(fitted, [*completion, end]))
     return rows
 
 
-def _opening(tokenizer: "PreTrainedTokenizerBase", system_prompt: str | None) -> int:
+def _rendered_ids(
+    examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", system_prompt: str | None
+) -> list[list[int]]:
+    """The prompts' tokens, in order: through the template, but of programs as they stand."""
+    found: dict[int, list[int]] = {}
+    for raw in (False, True):
+        chosen = [i for i, example in enumerate(examples) if (example.code is not None) == raw]
+        ids = _prompt_ids([examples[i].prompt for i in chosen], tokenizer, system_prompt, raw=raw) if chosen else []
+        found |= dict(zip(chosen, ids, strict=True))
+    return [found[i] for i in range(len(examples))]
+
+
+def _opening(tokenizer: "PreTrainedTokenizerBase", system_prompt: str | None, *, raw: bool) -> int:
     """How many tokens every prompt begins with: those on which two prompts that have nothing in common agree."""
-    one, other = _prompt_ids(["1", "a"], tokenizer, system_prompt)
+    one, other = _prompt_ids(["1", "a"], tokenizer, system_prompt, raw=raw)
     return next((i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), 0)
 
 
-def _prompt_ids(prompts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", system_prompt: str | None) -> list[list[int]]:
-    if tokenizer.chat_template:
+def _prompt_ids(
+    prompts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", system_prompt: str | None, *, raw: bool = False
+) -> list[list[int]]:
+    if tokenizer.chat_template and not raw:
         rendered = [_rendered(prompt, tokenizer, system_prompt) for prompt in prompts]
         ids: list[list[int]] = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
-    if system_prompt:
+    if system_prompt and not raw:
         raise DataError("the model has no chat template, so it takes no system message; leave data.system_prompt out")
-    ids = tokenizer([f"{prompt}\n" for prompt in prompts], verbose=False)["input_ids"]
+    ids = tokenizer([prompt if raw else f"{prompt}\n" for prompt in prompts], verbose=False)["input_ids"]
     return [tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens for tokens in ids]
 
 

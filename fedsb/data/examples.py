@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from fedsb.data.code import Code
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -9,6 +11,8 @@ class Example:
 
     Generation: trained on `completion`, scored against `answer`, and `label` is None.
     Classification: `prompt` is the text, `completion` and `answer` are empty, and `label` is a label id.
+    Code: `prompt` is the beginning of a program as it stands, `completion` a reference (or empty), and `code` says how what comes
+    after the prompt is tested.
     """
 
     task: str
@@ -16,3 +20,4 @@ class Example:
     completion: str
     answer: str
     label: int | None = None
+    code: Code | None = None

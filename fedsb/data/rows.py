@@ -3,22 +3,25 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fedsb.data.code import Code
 from fedsb.errors import DataError
 
 FORMS = (
-    'a row is {"prompt": text, "completion": text, "answer": text (may be left out)} or {"text": text, "label": text or integer}'
+    'a row is {"prompt": text, "completion": text, "answer": text (may be left out)}, {"text": text, "label": text or integer} '
+    'or {"prompt": text, "tests": text, "language": text, "stop_tokens": texts, "completion": text (may be left out)}'
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A checked row. `place` is where it stands (`file:line`); `label` is None in a generation row."""
+    """A checked row. `place` is where it stands (`file:line`); `label` is None in a generation row; `code` asks for a program."""
 
     place: str
     prompt: str
     completion: str
     answer: str
     label: str | None
+    code: Code | None = None
 
 
 def checked_row(value: object, place: str) -> Row:
@@ -28,6 +31,10 @@ def checked_row(value: object, place: str) -> Row:
     """
     if not isinstance(value, Mapping):
         raise DataError(f"{place}: is not an object; {FORMS}")
+    if "tests" in value:
+        reference = "" if value.get("completion") is None else _text(value, "completion", place)
+        code = Code(_filled(value, "language", place), _filled(value, "tests", place), _stops(value, place))
+        return Row(place, _filled(value, "prompt", place), reference, "", None, code)
     if "prompt" in value or "completion" in value:
         prompt, completion = _filled(value, "prompt", place), _text(value, "completion", place)
         answer = completion if value.get("answer") is None else _text(value, "answer", place)
@@ -53,6 +60,13 @@ def _filled(row: Mapping[str, object], field: str, place: str) -> str:
     if not text.strip():
         raise DataError(f'{place}: "{field}" is empty; fill it in or drop the row')
     return text
+
+
+def _stops(row: Mapping[str, object], place: str) -> tuple[str, ...]:
+    stops = row.get("stop_tokens", [])
+    if not isinstance(stops, list | tuple) or not all(isinstance(stop, str) and stop for stop in stops):
+        raise DataError(f'{place}: "stop_tokens" is no list of texts; {FORMS}')
+    return tuple(stops)
 
 
 def _label(row: Mapping[str, object], place: str) -> str:

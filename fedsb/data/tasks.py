@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 from fedsb.config import RunConfig
+from fedsb.data.code import human_eval
 from fedsb.data.examples import Example
 from fedsb.data.gym import gym_examples
 from fedsb.data.holdout import hold_out
 from fedsb.data.hub import read_hub
 from fedsb.data.jsonl import read_jsonl
-from fedsb.data.rows import Row
+from fedsb.data.rows import Row, checked_row
 from fedsb.data.seeds import generator
 from fedsb.errors import DataError
 from fedsb.sections import TaskSection
@@ -20,7 +21,7 @@ Split = Literal["train", "validation", "test"]
 
 UNLISTED = "is none of the run's labels; mend the row or list it in data.labels"
 UNTRAINED = "does not occur in train; mend the row or add such examples"
-SOURCES = "a source is gym:NAME, jsonl:FOLDER or hub:ID"
+SOURCES = "a source is gym:NAME, jsonl:FOLDER, hub:ID or code:humaneval"
 
 
 def load_task(task: TaskSection, split: Split, seed: int, labels: Sequence[str] = (), validation: float = 0.0) -> list[Example]:
@@ -85,6 +86,7 @@ def _rows(task: TaskSection, split: Literal["train", "test"]) -> list[Row]:
     kind, _, name = task.source.partition(":")
     readers: dict[str, Callable[[], list[Row]]] = {
         "jsonl": lambda: read_jsonl(Path(name), split),
+        "code": lambda: _problems(task, split),
         "hub": lambda: read_hub(name, _configuration(task), split),
     }
     if kind not in readers or not name:
@@ -96,6 +98,12 @@ def _rows(task: TaskSection, split: Literal["train", "test"]) -> list[Row]:
     return rows
 
 
+def _problems(task: TaskSection, split: Literal["train", "test"]) -> list[Row]:
+    if task.source != "code:humaneval":
+        raise DataError(f"task {task.name}: source {task.source!r} is of no known kind; {SOURCES}")
+    return [checked_row(row, f"{task.source}, {split} row {i}") for i, row in enumerate(human_eval(split), 1)]
+
+
 def _configuration(task: TaskSection) -> str | None:
     unknown = sorted(set(task.options) - {"name"})
     if unknown:
@@ -105,7 +113,7 @@ def _configuration(task: TaskSection) -> str | None:
 
 def _example(task: TaskSection, row: Row, names: dict[str, int], unknown: str) -> Example:
     if row.label is None:
-        return Example(task.name, row.prompt, row.completion, row.answer)
+        return Example(task.name, row.prompt, row.completion, row.answer, code=row.code)
     if row.label not in names:
         raise DataError(f"{row.place}: label {row.label!r} {unknown}", quoted=repr(row.label))
     return Example(task.name, row.prompt, "", "", names[row.label])

@@ -1,10 +1,11 @@
 """The table that a run ends with: client x {base, global, personal}."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from fedsb.report.units import human_bytes, human_seconds
 
@@ -28,6 +29,27 @@ def evaluation_table(evaluation: Evaluation, split: str = "test") -> Table:
     table.add_section()
     means = [cell for kind in KINDS for cell in _cells(mean_score(evaluation.get(kind, {})))]
     table.add_row("mean", "", "", *means)
+    return table
+
+
+def languages_table(evaluation: Evaluation) -> Table | None:
+    """Programs' pass@1 by language, over all clients; None if there are no programs."""
+    told = [
+        (language, kind, *counts)
+        for kind, scores in evaluation.items()
+        for score in scores.values()
+        for language, counts in score.get("languages", {}).items()
+    ]
+    if not told:
+        return None
+    passed, tested = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    for language, kind, right, of in told:
+        passed[language, kind] += right
+        tested[language, kind] += of
+    table = Table("language", *(Column(heading, justify="right") for heading in ("n", *KINDS)), title="pass@1 by language")
+    for language in sorted({language for language, *_ in told}):
+        shares = [f"{passed[key] / tested[key]:.3f}" if tested[key := (language, kind)] else "-" for kind in KINDS]
+        table.add_row(language, str(max(tested[language, kind] for kind in KINDS)), *shares)
     return table
 
 

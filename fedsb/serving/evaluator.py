@@ -2,12 +2,13 @@
 
 Where the answer is the whole completion, exact match under greedy decoding needs no decoding: the model produces a text
 token for token if and only if each of its tokens, the end of sequence included, is the most likely one after those
-before it, and one forward pass tells that for all positions at once. Where the answer ends a longer text, it is generated.
+before it, and one forward pass tells that for all positions at once. Where the answer ends a longer text, it is generated. So is
+a program, cut at its first stop, and right if it passes its tests in the sandbox.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,16 +17,24 @@ from torch.nn import functional
 
 from fedsb.data.batches import Batch, Encoded, Kind, collate, collate_prompts, evaluation_order
 from fedsb.data.examples import Example
+from fedsb.serving.languages import require_languages, verdicts
 from fedsb.training.loss import head_of, inputs_of, labelled_states, sequence_weights
 
 
 @dataclass(frozen=True)
 class Score:
-    """Means over a client's n test examples: loss in nats, exact match in [0, 1] (accuracy, for classification)."""
+    """Means over a client's n test examples: loss in nats, exact match in [0, 1] (accuracy, for classification; pass@1 of one
+    greedy answer, for programs)."""
 
     loss: float
     exact_match: float
     n: int
+    languages: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # of programs → how many passed, of how many
+
+    def told(self, task: str) -> dict[str, Any]:
+        """For tables and JSON; languages only where there are programs."""
+        found = {"loss": self.loss, "exact_match": self.exact_match, "n": self.n, "task": task}
+        return found | ({"languages": {name: list(counts) for name, counts in self.languages.items()}} if self.languages else {})
 
 
 @torch.no_grad()
@@ -40,21 +49,41 @@ def evaluate(
     batch_size: int,
     max_new_tokens: int,
 ) -> Score:
-    """Score `model` (a transformers model in evaluation mode, not the PEFT wrapper) on examples and their rows."""
+    """Score `model` (a transformers model in evaluation mode, not the PEFT wrapper) on examples and their rows.
+
+    Raises SandboxError if there are programs that cannot be run here, before anything is generated.
+    """
     order = evaluation_order(rows)
-    loss, hits = 0.0, 0
+    loss, hits, languages = 0.0, 0, dict[str, tuple[int, int]]()
+    if asked := {example.code.language for example in examples if example.code}:
+        require_languages(asked)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = collate([rows[i] for i in chosen], tokenizer.pad_token_id, kind).to(device)
         losses, right = (_classified if kind == "classification" else _forced)(model, batch)
-        longer = [place for place, i in enumerate(chosen) if examples[i].answer != examples[i].completion]
+        of = [examples[i] for i in chosen]
+        longer = [place for place, example in enumerate(of) if example.code or example.answer != example.completion]
         if kind == "causal" and longer:
-            texts = _generate(model, [rows[chosen[place]] for place in longer], tokenizer, device, max_new_tokens)
-            for place, text in zip(longer, texts, strict=True):
-                right[place] = answers(text, examples[chosen[place]].answer)
+            stops = {example.code.stops if example.code else () for example in of}
+            stop = list(stops.pop()) if len(stops) == 1 else []  # those of one language may stand within another's program
+            texts = _generate(model, [rows[chosen[place]] for place in longer], tokenizer, device, max_new_tokens, stop)
+            for place, hit in zip(longer, _right(texts, [of[place] for place in longer]), strict=True):
+                right[place] = hit
+        for example, hit in zip(of, right.tolist(), strict=True):
+            if example.code:
+                passed, total = languages.get(example.code.language, (0, 0))
+                languages[example.code.language] = passed + bool(hit), total + 1
         loss += float(losses.sum())
         hits += int(right.sum())
-    return Score(loss / len(rows), hits / len(rows), len(rows))
+    return Score(loss / len(rows), hits / len(rows), len(rows), languages)
+
+
+def _right(texts: Sequence[str], examples: Sequence[Example]) -> list[bool]:
+    """Which generated texts are right: they end with the answer, or pass their tests."""
+    both = list(zip(texts, examples, strict=True))
+    programs = [(example.code, example.prompt + example.code.cut(text)) for text, example in both if example.code]
+    passed = iter(verdicts(programs))
+    return [next(passed).passed if example.code else answers(text, example.answer) for text, example in both]
 
 
 def answers(text: str, answer: str) -> bool:
@@ -82,13 +111,16 @@ def _classified(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return functional.cross_entropy(logits, batch.labels, reduction="none"), logits.argmax(-1) == batch.labels
 
 
-def _generate(model: Any, rows: Sequence[Encoded], tokenizer: Any, device: torch.device, max_new_tokens: int) -> list[str]:
-    """Greedy continuations, without the prompts."""
+def _generate(
+    model: Any, rows: Sequence[Encoded], tokenizer: Any, device: torch.device, max_new_tokens: int, stop: Sequence[str]
+) -> list[str]:
+    """Greedy continuations, without the prompts; each ends with the first text of `stop` that it has, or soon after."""
     batch = collate_prompts(rows, tokenizer.pad_token_id).to(device)
     inputs = inputs_of(model, batch)
     inputs.pop("position_ids", None)  # generate counts for itself
     tokens = model.generate(
         **inputs,
+        **({"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}),
         do_sample=False,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,

@@ -68,6 +68,11 @@ def test_byte_order_mark_blank_lines_windows_ends_and_line_separators_are_no_row
         ('{"text": "a", "label": true}', '"label" is of type bool'),
         ('{"text": "a", "label": 1.5}', '"label" is of type float'),
         ('{"text": "a", "label": ""}', '"label" is empty'),
+        ('{"prompt": "a", "tests": "b"}', 'has no "language"'),
+        ('{"prompt": "a", "tests": " ", "language": "py"}', '"tests" is empty'),
+        ('{"prompt": "a", "tests": "b", "language": "py", "stop_tokens": "c"}', '"stop_tokens" is no list of texts'),
+        ('{"prompt": "a", "tests": "b", "language": "py", "stop_tokens": [""]}', '"stop_tokens" is no list of texts'),
+        ('{"prompt": "a", "tests": "b", "language": "py", "completion": 1}', '"completion" is of type int'),
         ('{"text": "a", "label": "x"}', "another form than the first row"),
         ("[" * 100_000, "is not JSON"),
     ],
@@ -98,7 +103,7 @@ def test_missing_folder_missing_file_and_empty_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["csv:data", "data", "jsonl:", "hub:"])
 def test_source_of_no_known_kind(source: str) -> None:
-    with pytest.raises(DataError, match="a source is gym:NAME, jsonl:FOLDER or hub:ID"):
+    with pytest.raises(DataError, match="a source is gym:NAME, jsonl:FOLDER, hub:ID or code:humaneval"):
         load_task(TaskSection(name="t", source=source), "train", 0)
 
 
