@@ -92,7 +92,7 @@ def check_model(checkpoint: Checkpoint, sha256: str, source: str) -> None:
     """Raise CheckpointError if the base model is not the one that the cores were trained on."""
     if checkpoint.model_sha256 != sha256:
         raise CheckpointError(
-            f"model.source = {source}: its weights, or its encoder's (SHA-256 {sha256[:12]}), are not those that this run was "
+            f"model.source = {source}: its weights (or its encoder's; SHA-256 {sha256[:12]}) are not those that this run was "
             f"trained on ({checkpoint.model_sha256[:12]}); restore them, or start anew with another --out"
         )
 
