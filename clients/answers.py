@@ -42,6 +42,7 @@ from strategies.records import (
     SKETCH,
     TRAIN,
     VARIATES,
+    WER,
     Identity,
     Order,
     check_versions,
@@ -175,6 +176,7 @@ def evaluate(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
         else:
             continue
         metrics |= {EXAMPLES: score.n, f"{which}-{LOSS}": score.loss, f"{which}-{EXACT_MATCH}": score.exact_match}
+        metrics |= {} if score.wer is None else {f"{which}-{WER}": score.wer}
     return reply_content(_identity(order, session, site), metrics)
 
 

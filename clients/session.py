@@ -25,7 +25,7 @@ from fedsb.data.examples import Example
 from fedsb.data.sites import client_data
 from fedsb.data.tasks import Split, labels_of
 from fedsb.errors import BasisError, FedsbError
-from fedsb.models import device_of, load_model, load_tokenizer, locate
+from fedsb.models import device_of, load_extractor, load_model, load_tokenizer, locate
 from fedsb.privacy.clipping import clip
 from fedsb.privacy.mechanism import Mechanism
 from fedsb.privacy.noise import KeyStream, add_noise
@@ -81,6 +81,7 @@ class Session:
         self.identity = identity_of(self.source, encoder)
         self.encoder = Encoder(encoder) if encoder else None
         self.tokenizer = load_tokenizer(self.source)
+        self.extractor = load_extractor(self.source) if config.model.kind == "speech" else None
         model = load_model(self.source, model_section(config), len(labels_of(config)) or None, self.device)
         self.model = attach(model, config, self.tokenizer)
         self.transformer = self.model.get_base_model()
@@ -242,7 +243,7 @@ class Session:
 
     def _rows(self, site: Site, split: Split) -> Sequence[Encoded]:
         data, examples = self.config.data, self.examples(site, split)
-        rows = encode(examples, self.tokenizer, data.max_length, data.system_prompt, self.config.model.kind)
+        rows = encode(examples, self.tokenizer, data.max_length, data.system_prompt, self.config.model.kind, self.extractor)
         if self.encoder is None:
             return rows
         return with_instances(rows, self.encoder.encode([example.prompt for example in examples]).unbind())

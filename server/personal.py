@@ -68,6 +68,7 @@ def personalise(run: Federation, strategy: FedSB, state: ArrayRecord) -> None:
             round=rounds,
             task=Identity.of(reply).task,
             **beyond,
+            kind=run.config.model.kind,
             standardised=linear_head(name for name, _ in run.trained.shapes) is not None,
         )
     run.traffic.add(exchange.traffic)

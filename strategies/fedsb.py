@@ -40,6 +40,7 @@ from strategies.records import (
     METRICS,
     SECONDS,
     TRAIN,
+    WER,
     WHICH,
     Identity,
     Order,
@@ -87,6 +88,7 @@ class FedSB(Shares, Strategy):
         self.shared, self.method, self.scale = shared, METHODS[config.adapter.method], scale_of(config)
         self.roster, self.strikes, self.error, self.tell = roster, strikes, error, tell
         self.private = config.privacy.unit != "none"
+        self.score_names = {"loss": LOSS, "exact_match": EXACT_MATCH} | ({"wer": WER} if config.model.kind == "speech" else {})
         self.stream = KeyStream()
         self.exchanges: list[Exchange] = []  # of the round, besides that of training
         self.memory: dict[str, Tensor] = {}  # what a strategy remembers from round to round; a checkpoint holds it
@@ -250,26 +252,22 @@ class FedSB(Shares, Strategy):
         for which in WHICH:
             own = [score[which] for score in scores.values() if which in score]
             total = sum(score["n"] for score in own)
-            for key, name in (("loss", LOSS), ("exact_match", EXACT_MATCH)):
+            for key, name in self.score_names.items():
                 if total:
                     means[f"{which}-{name}"] = sum(score[key] * score["n"] for score in own) / total
         examples = sum(next(iter(score.values()))["n"] for score in scores.values())
         return MetricRecord({**means, "n": examples}) if means else None
 
     def scores(self, server_round: int, replies: Iterable[Message]) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
-        """Each client's own scores: its name, and base | global | personal → loss, exact_match, n, task."""
+        """Each client's own scores: its name, and base | global | personal → loss, exact_match, n, task; of recordings wer."""
         for client, reply in self.accepted(server_round, replies, 0):
             try:
                 n, task = metric(reply, EXAMPLES), Identity.of(reply).task
                 check_weight(n)
                 told = [which for which in WHICH if f"{which}-{LOSS}" in reply.content[METRICS]]
                 score = {
-                    which: {
-                        "loss": metric(reply, f"{which}-{LOSS}"),
-                        "exact_match": metric(reply, f"{which}-{EXACT_MATCH}"),
-                        "n": n,
-                        "task": task,
-                    }
+                    which: {key: metric(reply, f"{which}-{name}") for key, name in self.score_names.items()}
+                    | {"n": n, "task": task}
                     for which in told
                 }
                 if not score:

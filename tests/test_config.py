@@ -163,8 +163,8 @@ def test_a_wrong_type_is_named(tmp_path: Path, override: str, said: str | None) 
         (["model.kind=classification", 'data.labels=["a", "b", "a"]'], "data.labels has a label twice"),
         (["evaluation.split=validation"], 'evaluation.split = "validation" needs data.validation'),
         (["data.partition=own", "data.validation=0.1", "privacy.unit=record", "privacy.epsilon=3.0", "federation.weighting=uniform"], "with privacy a site's own data take no data.validation"),  # noqa: E501
-        (['data.tasks=[{name="x", source="jsonl:data/{client}"}]'], '{client} in jsonl:data/{client} needs a jsonl: source and data.partition = "own"'),  # noqa: E501
-        (["data.partition=own", 'data.tasks=[{name="x", source="hub:{client}/x"}]'], "{client} in hub:{client}/x needs a jsonl: source"),  # noqa: E501
+        (['data.tasks=[{name="x", source="jsonl:data/{client}"}]'], '{client} in jsonl:data/{client} needs a folder as source and data.partition = "own"'),  # noqa: E501
+        (["data.partition=own", 'data.tasks=[{name="x", source="hub:{client}/x"}]'], "{client} in hub:{client}/x needs a folder as source"),  # noqa: E501
         (["data.partition=own", "basis.source=public", 'basis.public={name="x", source="jsonl:{client}"}'], "basis.public.source has {client}, but the server alone reads it"),  # noqa: E501
     ],
 )  # fmt: skip

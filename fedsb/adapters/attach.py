@@ -35,7 +35,7 @@ def attach(model: Any, config: RunConfig, tokenizer: Any = None) -> Any:
     """
     adapter, method = config.adapter, METHODS[config.adapter.method]
     targets = adapter.target_modules if isinstance(adapter.target_modules, str) else list(adapter.target_modules)
-    task = TaskType.SEQ_CLS if config.model.kind == "classification" else TaskType.CAUSAL_LM
+    task = {"classification": TaskType.SEQ_CLS, "causal": TaskType.CAUSAL_LM, "speech": None}[config.model.kind]
     told: dict[str, Any] = {"target_modules": targets, "task_type": task}
     if set(method.frames) == {"B", "A"}:
         told |= {"basis_dtype": config.basis.dtype, "seed": config.seed}

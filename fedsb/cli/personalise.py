@@ -114,6 +114,7 @@ def _personalised(
         scale=scale_of(config),
         round=last.round,
         task=TASK,
+        kind=session.config.model.kind,
         standardised=linear_head(shapes) is not None,
     )
     scores = {which: {client: score.told(TASK)} for which, score in found.items()}

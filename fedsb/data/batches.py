@@ -1,8 +1,8 @@
 """From examples to tensors: tokens through the chat template, padding and masks, and who draws what at which step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from jinja2 import TemplateError
@@ -10,12 +10,13 @@ from torch import Tensor
 
 from fedsb.data.examples import Example
 from fedsb.data.seeds import generator
+from fedsb.data.speech import Recording, decoder_prompt, longest
 from fedsb.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Kind: TypeAlias = Literal["causal", "classification"]
+Kind: TypeAlias = Literal["causal", "classification", "speech"]
 
 IGNORED = -100  # a label that no loss counts
 PROBE = "A system message that nobody would write."
@@ -26,12 +27,14 @@ class Encoded:
     """Token ids of one example. Classification: the whole text is `prompt`, `completion` is empty.
 
     instance: what an encoder makes of the prompt's text (h,), where a method asks one.
+    recording: gives the features (mels, frames) of the speech whose transcript `completion` is.
     """
 
     prompt: list[int]
     completion: list[int]
     label: int | None = None
     instance: Tensor | None = field(default=None, compare=False)
+    recording: Callable[[], Tensor] | None = None
 
     def __len__(self) -> int:
         """Tokens of prompt and completion together."""
@@ -44,18 +47,19 @@ class Batch:
 
     input_ids (B, T) int64; attention_mask (B, T) int64, 1 at tokens and 0 at padding; labels int64: (B, T), equal to
     input_ids at the completion and -100 elsewhere (causal, not shifted), or (B,) label ids (classification);
-    instances (B, h), if the rows have such.
+    instances (B, h), if the rows have such; features (B, mels, frames) fp32 of recordings, to which input_ids are the decoder's.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
     instances: Tensor | None = None
+    features: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        instances = None if self.instances is None else self.instances.to(device)
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device), instances)
+        instances, features = (None if t is None else t.to(device) for t in (self.instances, self.features))
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device), instances, features)
 
 
 def encode(
@@ -64,6 +68,7 @@ def encode(
     max_length: int,
     system_prompt: str | None,
     kind: Kind,
+    extractor: Any = None,
 ) -> list[Encoded]:
     """Tokenize examples to at most `max_length` tokens each.
 
@@ -75,18 +80,26 @@ def encode(
     block, as far as the template can do without (see `_without_system`).
     Of a program (`Example.code`) the prompt is its beginning as it stands, whatever the template.
     Classification: the text with the tokenizer's special tokens, truncated as the tokenizer truncates.
+    Speech: the transcript after the decoder's own beginning; `extractor` is the model's feature extractor, which gets to see a
+    recording only when a batch is made of it.
 
-    Raises DataError for an example of the other kind, a completion that does not fit, an empty text, and a system
-    prompt that the template cannot place; ModelError if the tokenizer has no end-of-sequence token.
+    Raises DataError for an example of the other kind, a completion that does not fit, an empty text, a system prompt that the
+    template cannot place, and a recording that cannot be read or is longer than the model hears; ModelError if the tokenizer has
+    no end-of-sequence token.
     """
     for number, example in enumerate(examples):
-        if (example.label is None) != (kind == "causal"):
+        if (example.speech is not None) != (kind == "speech"):
+            has = "no recording" if example.speech is None else "a recording"
+            raise _wrong(example, number, f' has {has}, which does not go with model.kind = "{kind}"; change one of them')
+        if (example.label is None) != (kind != "classification"):
             has = "no label" if example.label is None else "a label"
             raise _wrong(example, number, f' has {has}, which does not go with model.kind = "{kind}"; change one of them')
     if not examples:
         return []
     if kind == "classification":
         return _encode_texts(examples, tokenizer, max_length)
+    if kind == "speech":
+        return _encode_speech(examples, tokenizer, max_length, extractor)
     return _encode_completions(examples, tokenizer, max_length, system_prompt)
 
 
@@ -102,7 +115,7 @@ def collate(rows: Sequence[Encoded], pad_id: int, kind: Kind) -> Batch:
     if kind == "classification":
         return Batch(input_ids, mask, torch.tensor([row.label for row in rows], dtype=torch.int64))
     labels = [[IGNORED] * len(row.prompt) + row.completion + [IGNORED] * (width - len(row)) for row in rows]
-    return Batch(input_ids, mask, _rectangle(labels, width), _instances(rows))
+    return Batch(input_ids, mask, _rectangle(labels, width), _instances(rows), _features(rows))
 
 
 def collate_prompts(rows: Sequence[Encoded], pad_id: int) -> Batch:
@@ -173,6 +186,33 @@ def _encode_completions(
             )
         fitted = prompt if len(prompt) <= room else prompt[:opens] + prompt[opens - room :]
         rows.append(Encoded(fitted, [*completion, end]))
+    return rows
+
+
+def _encode_speech(
+    examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", max_length: int, extractor: Any
+) -> list[Encoded]:
+    transcripts = tokenizer([e.completion for e in examples], add_special_tokens=False, verbose=False)["input_ids"]
+    rows: list[Encoded] = []
+    for number, (example, transcript) in enumerate(zip(examples, transcripts, strict=True)):
+        assert example.speech is not None
+        prompt, completion = decoder_prompt(tokenizer, example.speech), [*transcript, tokenizer.eos_token_id]
+        if len(prompt) + len(completion) > max_length:
+            raise _wrong(
+                example,
+                number,
+                f": {len(prompt) + len(completion)} tokens of transcript do not fit into {max_length}; "
+                "raise data.max_length or drop it",
+            )
+        if (seconds := example.speech.seconds()) > longest(extractor):
+            raise _wrong(
+                example,
+                number,
+                f" lasts {seconds:.4g} s, and the model hears {longest(extractor):.4g} s; cut it in two",
+            )
+        if rows and len(prompt) != len(rows[0].prompt):
+            raise _wrong(example, number, " has a language where others have none, or the other way round; name it for all")
+        rows.append(Encoded(prompt, completion, recording=Recording(example.speech, extractor)))
     return rows
 
 
@@ -248,6 +288,11 @@ def _template(tokenizer: "PreTrainedTokenizerBase", system: str | None, user: st
 
 def _instances(rows: Sequence[Encoded]) -> Tensor | None:
     found = [row.instance for row in rows if row.instance is not None]
+    return torch.stack(found) if found else None
+
+
+def _features(rows: Sequence[Encoded]) -> Tensor | None:
+    found = [row.recording() for row in rows if row.recording is not None]
     return torch.stack(found) if found else None
 
 

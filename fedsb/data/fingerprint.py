@@ -33,4 +33,6 @@ def _lines(config: RunConfig) -> Iterator[str]:
 
 
 def _fields(example: Example) -> list[str | int | None]:
-    return [example.task, example.prompt, example.completion, example.answer, example.label]
+    code, speech = example.code, example.speech
+    told = [example.task, example.prompt, example.completion, example.answer, example.label]
+    return told + ([code.language, code.tests, *code.stops] if code else []) + ([speech.sha256()] if speech else [])

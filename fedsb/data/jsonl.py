@@ -22,17 +22,17 @@ def read_jsonl(folder: Path, split: Literal["train", "test"]) -> list[Row]:
         raise DataError(f"{path}: is missing; a jsonl: task is a folder with train.jsonl and test.jsonl") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); make it a readable file") from None
-    rows = [_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [_row(line, f"{path}:{number}", folder) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise DataError(f"{path}: holds no rows; {FORMS}")
     return rows
 
 
-def _row(line: bytes, place: str) -> Row:
+def _row(line: bytes, place: str, folder: Path) -> Row:
     try:
         value = json.loads(line.decode())
     except UnicodeDecodeError:
         raise DataError(f"{place}: is not UTF-8; save the file as UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: is not JSON ({error}); {FORMS}") from None
-    return checked_row(value, place)
+    return checked_row(value, place, folder)

@@ -14,6 +14,7 @@ from fedsb.data.hub import read_hub
 from fedsb.data.jsonl import read_jsonl
 from fedsb.data.rows import Row, checked_row
 from fedsb.data.seeds import generator
+from fedsb.data.speech import common_voice
 from fedsb.errors import DataError
 from fedsb.sections import TaskSection
 
@@ -21,7 +22,7 @@ Split = Literal["train", "validation", "test"]
 
 UNLISTED = "is none of the run's labels; mend the row or list it in data.labels"
 UNTRAINED = "does not occur in train; mend the row or add such examples"
-SOURCES = "a source is gym:NAME, jsonl:FOLDER, hub:ID or code:humaneval"
+SOURCES = "a source is gym:NAME, jsonl:FOLDER, commonvoice:FOLDER, hub:ID or code:humaneval"
 
 
 def load_task(task: TaskSection, split: Split, seed: int, labels: Sequence[str] = (), validation: float = 0.0) -> list[Example]:
@@ -86,6 +87,7 @@ def _rows(task: TaskSection, split: Literal["train", "test"]) -> list[Row]:
     kind, _, name = task.source.partition(":")
     readers: dict[str, Callable[[], list[Row]]] = {
         "jsonl": lambda: read_jsonl(Path(name), split),
+        "commonvoice": lambda: [checked_row(row, place, Path(name)) for place, row in common_voice(Path(name), split)],
         "code": lambda: _problems(task, split),
         "hub": lambda: read_hub(name, _configuration(task), split),
     }
@@ -93,8 +95,8 @@ def _rows(task: TaskSection, split: Literal["train", "test"]) -> list[Row]:
         raise DataError(f"task {task.name}: source {task.source!r} is of no known kind; {SOURCES}")
     rows = readers[kind]()
     for row in rows:
-        if (row.label is None) != (rows[0].label is None):
-            raise DataError(f"{row.place}: is of another form than the first row; keep prompts and labels apart")
+        if (row.label is None, row.speech is None) != (rows[0].label is None, rows[0].speech is None):
+            raise DataError(f"{row.place}: is of another form than the first row; keep prompts, labels and recordings apart")
     return rows
 
 
@@ -113,7 +115,7 @@ def _configuration(task: TaskSection) -> str | None:
 
 def _example(task: TaskSection, row: Row, names: dict[str, int], unknown: str) -> Example:
     if row.label is None:
-        return Example(task.name, row.prompt, row.completion, row.answer, code=row.code)
+        return Example(task.name, row.prompt, row.completion, row.answer, code=row.code, speech=row.speech)
     if row.label not in names:
         raise DataError(f"{row.place}: label {row.label!r} {unknown}", quoted=repr(row.label))
     return Example(task.name, row.prompt, "", "", names[row.label])

@@ -14,12 +14,14 @@ Evaluation = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
 def evaluation_table(evaluation: Evaluation, split: str = "test") -> Table:
-    """`evaluation[kind][client]` → {loss, exact_match, n, task} as a table with the means in the last row."""
-    table = Table(title=f"exact match and loss on each client's own {split} set")
+    """`evaluation[kind][client]` → {loss, exact_match, n, task} as a table with the means in the last row; of recordings wer
+    stands where exact match does."""
+    spoken = any("wer" in score for score in evaluation["base"].values())
+    table = Table(title=f"{'word error rate' if spoken else 'exact match'} and loss on each client's own {split} set")
     for column in ("client", "task", "n"):
         table.add_column(column, justify="right" if column == "n" else "left")
     for kind in KINDS:
-        table.add_column(f"{kind}\nmatch", justify="right")
+        table.add_column(f"{kind}\n{'wer' if spoken else 'match'}", justify="right")
         table.add_column(f"{kind}\nloss", justify="right")
     clients = sorted(evaluation["base"])
     for client in clients:
@@ -33,7 +35,7 @@ def evaluation_table(evaluation: Evaluation, split: str = "test") -> Table:
 
 
 def languages_table(evaluation: Evaluation) -> Table | None:
-    """Programs' pass@1 by language, over all clients; None if there are no programs."""
+    """Programs' pass@1 or recordings' word error rate by language, over all clients; None if there are none of these."""
     told = [
         (language, kind, *counts)
         for kind, scores in evaluation.items()
@@ -46,7 +48,8 @@ def languages_table(evaluation: Evaluation) -> Table | None:
     for language, kind, right, of in told:
         passed[language, kind] += right
         tested[language, kind] += of
-    table = Table("language", *(Column(heading, justify="right") for heading in ("n", *KINDS)), title="pass@1 by language")
+    title = "word error rate by language" if "wer" in next(iter(evaluation["base"].values())) else "pass@1 by language"
+    table = Table("language", *(Column(heading, justify="right") for heading in ("n", *KINDS)), title=title)
     for language in sorted({language for language, *_ in told}):
         shares = [f"{passed[key] / tested[key]:.3f}" if tested[key := (language, kind)] else "-" for kind in KINDS]
         table.add_row(language, str(max(tested[language, kind] for kind in KINDS)), *shares)
@@ -57,7 +60,8 @@ def mean_score(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float] | No
     """Mean over clients, each counting alike; None of no clients."""
     if not scores:
         return None
-    return {key: sum(float(s[key]) for s in scores.values()) / len(scores) for key in ("exact_match", "loss")}
+    keys = [key for key in ("exact_match", "loss", "wer") if all(key in score for score in scores.values())]
+    return {key: sum(float(s[key]) for s in scores.values()) / len(scores) for key in keys}
 
 
 def show_summary(summary: Mapping[str, Any], adapters: str) -> None:
@@ -78,4 +82,4 @@ def show_summary(summary: Mapping[str, Any], adapters: str) -> None:
 
 
 def _cells(score: Mapping[str, Any] | None) -> tuple[str, str]:
-    return ("-", "-") if score is None else (f"{score['exact_match']:.3f}", f"{score['loss']:.3f}")
+    return ("-", "-") if score is None else (f"{score.get('wer', score['exact_match']):.3f}", f"{score['loss']:.3f}")

@@ -3,7 +3,8 @@
 Where the answer is the whole completion, exact match under greedy decoding needs no decoding: the model produces a text
 token for token if and only if each of its tokens, the end of sequence included, is the most likely one after those
 before it, and one forward pass tells that for all positions at once. Where the answer ends a longer text, it is generated. So is
-a program, cut at its first stop, and right if it passes its tests in the sandbox.
+a program, cut at its first stop, and right if it passes its tests in the sandbox; and a transcript, of which wrong words are
+counted.
 """
 
 import re
@@ -18,22 +19,25 @@ from torch.nn import functional
 from fedsb.data.batches import Batch, Encoded, Kind, collate, collate_prompts, evaluation_order
 from fedsb.data.examples import Example
 from fedsb.serving.languages import require_languages, verdicts
+from fedsb.serving.transcripts import transcribe, word_errors
 from fedsb.training.loss import head_of, inputs_of, labelled_states, sequence_weights
 
 
 @dataclass(frozen=True)
 class Score:
     """Means over a client's n test examples: loss in nats, exact match in [0, 1] (accuracy, for classification; pass@1 of one
-    greedy answer, for programs)."""
+    greedy answer, for programs; transcripts without a wrong word), wer: wrong words over all words of recordings."""
 
     loss: float
     exact_match: float
     n: int
-    languages: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # of programs → how many passed, of how many
+    languages: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # programs passed, or wrong words; and of how many
+    wer: float | None = None
 
     def told(self, task: str) -> dict[str, Any]:
-        """For tables and JSON; languages only where there are programs."""
+        """For tables and JSON; languages only where there are programs or recordings, wer only of these."""
         found = {"loss": self.loss, "exact_match": self.exact_match, "n": self.n, "task": task}
+        found |= {} if self.wer is None else {"wer": self.wer}
         return found | ({"languages": {name: list(counts) for name, counts in self.languages.items()}} if self.languages else {})
 
 
@@ -59,23 +63,37 @@ def evaluate(
         require_languages(asked)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = collate([rows[i] for i in chosen], tokenizer.pad_token_id, kind).to(device)
+        of, some = [examples[i] for i in chosen], [rows[i] for i in chosen]
+        batch = collate(some, tokenizer.pad_token_id, kind).to(device)
         losses, right = (_classified if kind == "classification" else _forced)(model, batch)
-        of = [examples[i] for i in chosen]
         longer = [place for place, example in enumerate(of) if example.code or example.answer != example.completion]
-        if kind == "causal" and longer:
+        if kind == "speech":
+            assert batch.features is not None
+            begun = torch.tensor([row.prompt for row in some], device=device)
+            texts = transcribe(model, batch.features, begun, tokenizer, max_new_tokens)
+            for place, (text, example) in enumerate(zip(texts, of, strict=True)):
+                language = example.speech.language if example.speech else None
+                wrong, words = word_errors(example.completion, text, language)
+                _count(languages, language or "-", wrong, words)
+                right[place] = wrong == 0
+        elif kind == "causal" and longer:
             stops = {example.code.stops if example.code else () for example in of}
             stop = list(stops.pop()) if len(stops) == 1 else []  # those of one language may stand within another's program
-            texts = _generate(model, [rows[chosen[place]] for place in longer], tokenizer, device, max_new_tokens, stop)
+            texts = _generate(model, [some[place] for place in longer], tokenizer, device, max_new_tokens, stop)
             for place, hit in zip(longer, _right(texts, [of[place] for place in longer]), strict=True):
                 right[place] = hit
         for example, hit in zip(of, right.tolist(), strict=True):
             if example.code:
-                passed, total = languages.get(example.code.language, (0, 0))
-                languages[example.code.language] = passed + bool(hit), total + 1
+                _count(languages, example.code.language, bool(hit), 1)
         loss += float(losses.sum())
         hits += int(right.sum())
-    return Score(loss / len(rows), hits / len(rows), len(rows), languages)
+    wrong, words = (sum(counts) for counts in zip(*languages.values(), strict=True)) if kind == "speech" else (0, 0)
+    return Score(loss / len(rows), hits / len(rows), len(rows), languages, wrong / max(words, 1) if kind == "speech" else None)
+
+
+def _count(languages: dict[str, tuple[int, int]], language: str, some: int, of: int) -> None:
+    before = languages.get(language, (0, 0))
+    languages[language] = before[0] + some, before[1] + of
 
 
 def _right(texts: Sequence[str], examples: Sequence[Example]) -> list[bool]:

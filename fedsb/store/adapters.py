@@ -64,6 +64,7 @@ class Manifest(BaseModel):
     seed: int | None = None  # of what follows from it: NOLA's random matrices
     sides: dict[str, tuple[int, int]] | None = None  # layer → (out, in), where the parts do not show them
     encoder: ModelId | None = None  # that looks at each prompt, where the method has one
+    kind: str | None = None  # of the model, as `model.kind`; None in what was published before there was speech
     standardised: bool = False  # whether the head is on standardised features (`fedsb/adapters/head.py`)
 
 
@@ -138,6 +139,7 @@ def publish(
     task: str,
     scale: float = 1.0,
     epsilon: float | None = None,
+    kind: str | None = None,
     standardised: bool = False,
     seed: int | None = None,
     sides: Mapping[str, tuple[int, int]] | None = None,
@@ -169,6 +171,7 @@ def publish(
                 task=task,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 epsilon=epsilon,
+                kind=kind,
                 standardised=standardised,
                 seed=seed,
                 sides=None if sides is None else dict(sides),

@@ -51,7 +51,7 @@ this client went on from the last average on its own data. The files' SHA-256 ar
 
 
 def _how_to_load(stored: StoredAdapter, config: Mapping[str, Any]) -> str:
-    kind = "SequenceClassification" if config["task_type"] == "SEQ_CLS" else "CausalLM"
+    kind = {"SEQ_CLS": "SequenceClassification", "CAUSAL_LM": "CausalLM", None: "SpeechSeq2Seq"}[config["task_type"]]
     own = f"import {TUNERS[config['peft_type']]}  # teaches PEFT this format\n" if config["peft_type"] in TUNERS else ""
     base = stored.manifest.base_model.name
     text = f"""## Loading it with PEFT

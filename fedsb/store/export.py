@@ -210,7 +210,7 @@ def _common(stored: StoredAdapter, modules: Collection[str]) -> dict[str, Any]:
         "modules_to_save": modules_to_save(stored.head) or None,
         "r": stored.manifest.rank,
         "target_modules": target_modules(stored.layers, modules),
-        "task_type": "SEQ_CLS" if stored.head else "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if stored.head else None if stored.manifest.kind == "speech" else "CAUSAL_LM",
     }
 
 

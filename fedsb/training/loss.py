@@ -67,7 +67,7 @@ def labelled_states(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states (or logits, where the head is not plain) at the positions that predict a label.
 
     Args:
-        model: a transformers causal model (not the PEFT wrapper).
+        model: a transformers causal or Whisper-type model (not the PEFT wrapper).
         batch: B sequences of T tokens.
 
     Returns:
@@ -81,7 +81,10 @@ def labelled_states(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def inputs_of(model: Any, batch: Batch) -> dict[str, Tensor]:
-    """What a causal model is given of a batch: its tokens, or soft prompts and embedded tokens where its rows have instances."""
+    """What a model is given of a batch: its tokens, or soft prompts and embedded tokens where its rows have instances; of
+    recordings, what is heard and what the decoder has said so far (whose padding comes last, so nothing looks at it)."""
+    if batch.features is not None:
+        return {"input_features": batch.features.to(model.dtype), "decoder_input_ids": batch.input_ids}
     if batch.instances is None:
         return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     return prompted(model, batch.input_ids, batch.attention_mask, batch.instances)

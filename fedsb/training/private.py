@@ -28,6 +28,7 @@ from fedsb.adapters.lopa import Shared, made_up_instances
 from fedsb.adapters.method import Around, wholly
 from fedsb.adapters.state import HEAD
 from fedsb.data.batches import Encoded, Kind, collate
+from fedsb.data.speech import heard
 from fedsb.errors import PrivacyError
 from fedsb.privacy.mechanism import Mechanism
 from fedsb.privacy.noise import KeyStream, add_noise
@@ -179,6 +180,9 @@ def check_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter], ki
     if kind == "causal":
         made = zip(rows, made_up_instances(model, len(rows)), strict=True)
         rows = [Encoded(row.prompt, row.completion, instance=instance) for row, instance in made]
+    elif kind == "speech":
+        made_up = torch.randn(len(rows), *heard(model), generator=torch.Generator().manual_seed(0))
+        rows = [Encoded(row.prompt, row.completion, recording=f.clone) for row, f in zip(rows, made_up, strict=True)]
     _train_without_dropout(model)
     with _in_fp32(model):
         together, alone = (_made_up(model, parameters, kind, pad_id, batches) for batches in ([rows], [[row] for row in rows]))

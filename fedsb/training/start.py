@@ -21,6 +21,7 @@ from fedsb.config import RunConfig
 from fedsb.data.batches import Batch, collate, encode
 from fedsb.data.sites import public_examples
 from fedsb.errors import BasisError
+from fedsb.models import load_extractor, locate
 from fedsb.training.loss import causal_loss, classification_loss
 
 MICROBATCH = 4  # examples per backward pass of the estimate: half a training step's activations or fewer
@@ -120,6 +121,7 @@ def _public_batches(config: RunConfig, tokenizer: Any, device: torch.device) -> 
     examples, kind = public_examples(config), config.model.kind
     if not examples:
         raise BasisError("[basis.public] has no examples; give it some")
-    rows = encode(examples, tokenizer, config.data.max_length, config.data.system_prompt, kind)
+    extractor = load_extractor(locate(config.model.source)) if kind == "speech" else None
+    rows = encode(examples, tokenizer, config.data.max_length, config.data.system_prompt, kind, extractor)
     for start in range(0, len(rows), MICROBATCH):
         yield collate(rows[start : start + MICROBATCH], tokenizer.pad_token_id, kind).to(device)

@@ -103,7 +103,7 @@ def test_missing_folder_missing_file_and_empty_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["csv:data", "data", "jsonl:", "hub:"])
 def test_source_of_no_known_kind(source: str) -> None:
-    with pytest.raises(DataError, match="a source is gym:NAME, jsonl:FOLDER, hub:ID or code:humaneval"):
+    with pytest.raises(DataError, match="a source is gym:NAME, jsonl:FOLDER, commonvoice:FOLDER, hub:ID or code:humaneval"):
         load_task(TaskSection(name="t", source=source), "train", 0)
 
 

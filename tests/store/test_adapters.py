@@ -47,6 +47,7 @@ def test_publish_and_load(tmp_path: Path) -> None:
         "seed": None,
         "sides": None,
         "encoder": None,
+        "kind": None,
     }
 
 
