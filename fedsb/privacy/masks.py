@@ -24,7 +24,12 @@ START = bytes(16)  # counter; every key makes one mask
 def agree(private: X25519PrivateKey, public: bytes, info: bytes) -> bytes:
     """The 32-byte key that the owners of two X25519 key pairs have in common for one use, named by `info`.
 
-    Raises SecureSumError for a public key that would make the key known to all (a point of low order).
+    Guarantees: both owners get the same; to anybody else it is indistinguishable from chance (computationally), and keys of two
+    uses say nothing of each other.
+
+    | case | result |
+    |---|---|
+    | a public key that would make the key known to all (a point of low order), or is none | SecureSumError |
     """
     try:
         return derive(private.exchange(X25519PublicKey.from_public_bytes(public)), info)

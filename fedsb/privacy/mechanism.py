@@ -49,7 +49,11 @@ class Mechanism:
 def delta_of(config: RunConfig, count: int) -> float:
     """The run's δ for `count` records (or clients): 1/count, or what is configured.
 
-    Raises PrivacyError if that is above 1/count: with such a δ a mechanism may publish one whole record and keep its promise.
+    Guarantees: at most 1/count (1/2 for a count of 1): above it a mechanism may publish one whole record and keep its promise.
+
+    | case | result |
+    |---|---|
+    | a configured δ above 1/count | PrivacyError |
     """
     chosen = config.privacy.delta
     if chosen == "auto":
@@ -83,8 +87,17 @@ def sketch_mechanism(config: RunConfig, count: int) -> Mechanism:
 def mechanism_of(config: RunConfig, count: int) -> Mechanism:
     """The mechanism of a run for a client of `count` records, or (unit "client") of `count` clients.
 
-    With a target ε, the least noise that keeps the whole run, its basis included, within it. Raises PrivacyError if δ is above
-    1/count, or if no noise suffices.
+    Guarantees:
+        - with a target ε, that a client which takes part in all steps of the run, its basis and personalisation included, spends
+          at most that, with the least noise that does so; what no noise can keep is refused (`noise_multiplier`).
+        - rate and noise follow from settings and `count`, and from no record.
+
+    | case | result |
+    |---|---|
+    | δ above 1/count | PrivacyError (`delta_of`) |
+    | unit "none", or nobody to protect | PrivacyError |
+    | fewer records than a batch | rate 1: all take part in every step |
+    | a configured noise multiplier | is taken as it is |
     """
     privacy = config.privacy
     if privacy.unit == "none" or count < 1:

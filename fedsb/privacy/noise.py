@@ -26,7 +26,14 @@ class KeyStream:
           less than breaking AES-256.
         - `normal`: Box-Muller on 52-bit uniforms in (0, 1), in float64. What it leaves out lies beyond 8.57 standard deviations,
           a probability of about 1e-17 a number: for a million numbers in a thousand steps 1e-8, far below any δ of 1/n here.
+        - `poisson_sample` takes each by itself; that a sample is empty has its probability.
         - floating point: see `add_noise`.
+
+    | case | result |
+    |---|---|
+    | no numbers asked for, or an odd number | that many |
+    | rate 1 | everybody |
+    | nobody to draw from | nobody |
 
     Args:
         key: 32 bytes, for tests alone: whoever knows the key can take the noise off.

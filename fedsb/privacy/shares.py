@@ -49,6 +49,9 @@ def combine(shares: Mapping[int, bytes], threshold: int, valid: Callable[[bytes]
         threshold: the one that the secret was split with.
         valid: whether a secret is the one that was shared.
 
+    Guarantees:
+        What is returned is what was shared, as far as `valid` can tell.
+
     Edge cases:
         | shares                       | what happens                                        |
         |------------------------------|-----------------------------------------------------|
@@ -75,7 +78,7 @@ def combine(shares: Mapping[int, bytes], threshold: int, valid: Callable[[bytes]
 
 
 def commitment(secret: bytes) -> bytes:
-    """32 bytes that fit no other secret, and do not help to find a random one (SHA-256)."""
+    """32 bytes of a secret (SHA-256). Guarantees: they fit no other secret, and do not help to find a random one."""
     return hashlib.sha256(LABEL + secret).digest()
 
 
