@@ -3,8 +3,8 @@
     python -m benchmarks.newcomer --data ../shared/data --out /tmp/newcomer
 
 By default MiniLM on Banking77 (LoRA-SB, rank 32), its rows dealt to 20 clients and some newcomers by Dirichlet(0.3), so that each
-has some of the 77 intents. The clients federate and personalise as `configs/banking77.toml` says, but for fewer rounds (`--rounds`).
-Each newcomer then has 8, 32 or 128 of its own examples, and is scored on its own test rows with
+has some of the 77 intents. The clients federate and personalise as `configs/banking77.toml` says, but for fewer rounds
+(`--rounds`). Each newcomer then has 8, 32 or 128 of its own examples, and is scored on its own test rows with
 
     global      the global core as it is
     scratch     a core (and head) trained from the base model
@@ -13,10 +13,10 @@ Each newcomer then has 8, 32 or 128 of its own examples, and is scored on its ow
     nola        NOLA trained from the base model
     lopa        LoPA trained from the base model (causal models only)
 
-each for the same steps. With `--tasks boolq,openbookqa,arc_easy,arithmetic --model smollm2-135m-instruct --clients 8` the same on a
-causal model, the rows of these tasks dealt by task; accuracy is then exact match. Figures `WAY_COUNT`: accuracy, the mean over
-newcomers and seeds; `peer` is that of `global`. One JSON line a seed, newcomer, count and way in OUT/results.jsonl; what is there is
-not run again.
+each for the same steps. With `--tasks boolq,openbookqa,arc_easy,arithmetic --model smollm2-135m-instruct --clients 8` the same on
+a causal model, the rows of these tasks dealt by task; accuracy is then exact match. Figures `WAY_COUNT`: accuracy, the mean over
+newcomers and seeds; `peer` is that of `global`. One JSON line a seed, newcomer, count and way in OUT/results.jsonl; what is there
+is not run again.
 """
 
 import argparse
