@@ -91,7 +91,10 @@ def prepare(content: RecordDict, node: Node, policy: Policy) -> RecordDict:
     splits: tuple[Split, ...] = ("train", session.config.evaluation.split)
     for split in splits:
         session.examples(site, split)  # so that a site without its data says so before it is counted on
-    if session.config.privacy.unit != "none" and not (budget := Budget.of(session, site, policy)).own():
+    private = session.config.privacy.unit != "none"
+    if policy.test_scores_may_leave and not (private and session.config.privacy.scores == "withheld"):
+        session.require_scores(site)  # the same
+    if private and not (budget := Budget.of(session, site, policy)).own():
         budget.allow(1)  # so that a site whose budget is spent says so before it is counted on
     sent = content.get(BASIS)
     basis = session.prepare(site, order.basis, unpack_basis(sent) if isinstance(sent, ArrayRecord) else None)

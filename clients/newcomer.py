@@ -33,7 +33,7 @@ def personalised(
             plan = replace(plan, learning_rate=learning_rate(session.config), head_learning_rate=head)
         start = session.base_vector() if how == "scratch" else session.layout.flatten(pool[SHARED])
         return session.train(site, start, plan).vector, "a core of its own" + (" from the global one" if how == "core" else "")
-    losses = {name: session.score(site, session.layout.flatten(state), "train").loss for name, state in pool.items()}
+    losses = {name: session.loss(site, session.layout.flatten(state)) for name, state in pool.items()}
     best = min(losses, key=lambda name: losses[name])
     names = list(pool)
     state, _ = fuse(

@@ -12,6 +12,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from fedsb.abilities import PROMPTING
 from fedsb.config import RunConfig
 from fedsb.errors import ConfigError, PolicyError
 from fedsb.sections import PositiveFloat, PositiveInt, Section
@@ -71,6 +72,8 @@ class Policy(Section):
             raise _beyond("adapter.method", adapter.method, f"methods = {list(self.methods)}")
         if self.models is not None and not _matches(config.model.source, self.models):
             raise _beyond("model.source", config.model.source, f"models = {list(self.models)}")
+        if self.models is not None and adapter.method in PROMPTING and not _matches(adapter.encoder, self.models):
+            raise _beyond("adapter.encoder", adapter.encoder, f"models = {list(self.models)}")
         for task in config.data.tasks:
             if self.tasks is not None and not _matches(task.source, self.tasks):
                 raise _beyond("data.tasks", task.source, f"tasks = {list(self.tasks)}")

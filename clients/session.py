@@ -30,7 +30,7 @@ from fedsb.privacy.clipping import clip
 from fedsb.privacy.mechanism import Mechanism
 from fedsb.privacy.noise import KeyStream, add_noise
 from fedsb.sections import SITE_NAME
-from fedsb.serving.evaluator import Score, evaluate
+from fedsb.serving.evaluator import Score, evaluate, loss_on, require
 from fedsb.store.basis_files import load_basis, save_basis
 from fedsb.training.drift import Control
 from fedsb.training.loop import Plan, train
@@ -185,15 +185,16 @@ class Session:
         """Score the base model, without what was folded into its weights."""
         fold_into(layers_of(self.model), (), self.pristine)
         try:
-            return self._score(site, self.base_vector(), self.config.evaluation.split, prompted=False)
+            return self._score(site, self.base_vector(), prompted=False)
         finally:
             fold_into(layers_of(self.model), self.folds, self.pristine)
 
-    def score(self, site: Site, vector: Tensor, split: Split | None = None) -> Score:
-        """Score a state on the client's own test set, or whatever `split` or else `evaluation.split` says."""
-        return self._score(site, vector, split or self.config.evaluation.split)
+    def score(self, site: Site, vector: Tensor) -> Score:
+        """Score a state on the client's own test set, or whatever `evaluation.split` says."""
+        return self._score(site, vector)
 
-    def _score(self, site: Site, vector: Tensor, split: Split, *, prompted: bool = True) -> Score:
+    def _score(self, site: Site, vector: Tensor, *, prompted: bool = True) -> Score:
+        split = self.config.evaluation.split
         section, examples, rows = self.config.evaluation, self.examples(site, split), self.rows(site, split)
         if not prompted:
             rows = with_instances(rows, [None] * len(rows))
@@ -208,6 +209,16 @@ class Session:
             batch_size=section.batch_size,
             max_new_tokens=section.max_new_tokens,
         )
+
+    def require_scores(self, site: Site) -> None:
+        """Raise what scoring would raise for want of a sandbox, a compiler or a package, before anything is trained."""
+        require(self.examples(site, self.config.evaluation.split))
+
+    def loss(self, site: Site, vector: Tensor) -> float:
+        """Mean loss (nats) of a state on the client's own training examples; nothing is generated."""
+        set_state(self.model, self.layout.unflatten(vector))
+        rows, section, kind = self.rows(site, "train"), self.config.evaluation, self.config.model.kind
+        return loss_on(self.transformer, rows, kind, self.tokenizer.pad_token_id, self.device, section.batch_size)
 
     def share(self, site: Site) -> Share:
         """What of a state travels between the server and this client."""

@@ -52,8 +52,8 @@ class AdapterSection(Section):
         "minilm-l6-v2",
         description="the frozen sentence encoder that looks at each prompt; named as `model.source` is (only `lopa`)",
     )
-    tokens: PositiveInt = Field(10, description="length of the soft prompt, in tokens (only `lopa`)")
-    hidden: PositiveInt = Field(256, description="width of the two networks behind the encoder (only `lopa`)")
+    tokens: PositiveInt = Field(10, le=512, description="length of the soft prompt, in tokens (only `lopa`)")
+    hidden: PositiveInt = Field(256, le=8192, description="width of the two networks behind the encoder (only `lopa`)")
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
         "all-linear", description="names of the linear layers to adapt; all of them except the output head"
     )

@@ -13,7 +13,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForSpeechSeq2Seq,
@@ -52,6 +53,7 @@ class Source:
     name: str
     folder: Path
     sha256: str
+    setting: str = "model.source"  # that names it
 
 
 def device_of(name: str) -> torch.device:
@@ -73,21 +75,21 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def locate(name: str) -> Source:
-    """Find a model by the name that a configuration gives. Raises ModelError with what to do."""
+def locate(name: str, setting: str = "model.source") -> Source:
+    """Find a model by the name that `setting` of a configuration gives. Raises ModelError with what to do."""
     spec = SHORT_NAMES.get(name, name)
     if spec.startswith("package:"):
         found = _in_package(spec.removeprefix("package:"))
     elif Path(spec).exists():
         found = Path(spec)
     else:
-        found = _from_hub(spec)
+        found = _from_hub(spec, setting)
     if found.is_dir():
-        return Source(name, found, _digest(tuple(sorted(p for pattern in WEIGHTS for p in found.glob(pattern)))))
+        return Source(name, found, _digest(tuple(sorted(p for pattern in WEIGHTS for p in found.glob(pattern)))), setting)
     if found.suffix != ".gguf":
-        raise ModelError(f"model.source = {name}: {found} is neither a folder nor a .gguf file; name one of these")
+        raise ModelError(f"{setting} = {name}: {found} is neither a folder nor a .gguf file; name one of these")
     digest = _digest((found,))
-    return Source(name, _dequantised(found, digest), digest)
+    return Source(name, _dequantised(found, digest), digest, setting)
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -116,8 +118,21 @@ def load_model(source: Source, section: ModelSection, labels: int | None, device
         )
     missing = sorted(key for key in info["missing_keys"] if key.split(".")[0] not in HEADS)
     if missing:  # transformers would fill them with random numbers, other ones in every process
-        raise ModelError(f"model.source = {source.name}: {source.folder} lacks the weights {missing[0]}; name a whole model")
+        raise _incomplete(source, missing)
     return _frozen(model.to(device))
+
+
+def load_encoder(source: Source) -> nn.Module:
+    """A text encoder without a head: frozen, fp32, in evaluation mode, on the CPU."""
+    with _reading(source), _quiet():
+        model, info = AutoModel.from_pretrained(source.folder, dtype=torch.float32, output_loading_info=True)
+    if missing := sorted(key for key in info["missing_keys"] if key.split(".")[0] != "pooler"):  # which nobody asks
+        raise _incomplete(source, missing)
+    return _frozen(model)
+
+
+def _incomplete(source: Source, missing: Sequence[str]) -> ModelError:
+    return ModelError(f"{source.setting} = {source.name}: {source.folder} lacks the weights {missing[0]}; name a whole model")
 
 
 def outline_model(source: Source, section: ModelSection, labels: int | None) -> nn.Module:
@@ -160,7 +175,7 @@ def _reading(source: Source) -> Iterator[None]:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, struct.error) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
-            f"model.source = {source.name}: {source.folder} cannot be read ({reason}); name a whole model"
+            f"{source.setting} = {source.name}: {source.folder} cannot be read ({reason}); name a whole model"
         ) from error
 
 
@@ -196,7 +211,7 @@ def _in_package(package: str) -> Path:
     return candidates[0]
 
 
-def _from_hub(repository: str) -> Path:
+def _from_hub(repository: str, setting: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -205,7 +220,7 @@ def _from_hub(repository: str) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(
-            f"model.source = {repository}: is no folder or file here, and the hub does not give it ({reason}); "
+            f"{setting} = {repository}: is no folder or file here, and the hub does not give it ({reason}); "
             f"check the spelling and the network, or use one of {', '.join(SHORT_NAMES)}"
         ) from None
 

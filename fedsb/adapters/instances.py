@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from transformers import AutoConfig, AutoModel
 
 from fedsb.abilities import PROMPTING
 from fedsb.config import RunConfig
-from fedsb.models import Source, load_tokenizer, locate
+from fedsb.models import Source, load_encoder, load_tokenizer, locate
 
 AT_ONCE = 64  # texts
 LONGEST = 256  # tokens of a text; of a longer one its end is taken, where a prompt asks
@@ -19,7 +20,7 @@ LONGEST = 256  # tokens of a text; of a longer one its end is taken, where a pro
 
 def encoder_of(config: RunConfig) -> Source | None:
     """The encoder that a run asks, if its method has one. Raises ModelError if it is not there."""
-    return locate(config.adapter.encoder) if config.adapter.method in PROMPTING else None
+    return locate(config.adapter.encoder, "adapter.encoder") if config.adapter.method in PROMPTING else None
 
 
 def identity_of(model: Source, encoder: Source | None) -> str:
@@ -36,7 +37,7 @@ def size_of(encoder: Source) -> int:
 @lru_cache(maxsize=8)
 def width_of(name: str) -> int:
     """h, numbers of an encoder's embeddings, without loading its weights. Raises ModelError if there is no such model."""
-    return int(AutoConfig.from_pretrained(locate(name).folder).hidden_size)
+    return int(AutoConfig.from_pretrained(locate(name, "adapter.encoder").folder).hidden_size)
 
 
 class Encoder:
@@ -46,7 +47,7 @@ class Encoder:
         self.source = source
         self._tokenizer = load_tokenizer(self.source)
         self._tokenizer.truncation_side = "left"
-        self._model = AutoModel.from_pretrained(self.source.folder, dtype=torch.float32).requires_grad_(False).eval()
+        self._model: Any = load_encoder(self.source)
 
     @cached_property
     def width(self) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsb.adapters.attach import attach
+from fedsb.adapters.instances import encoder_of, identity_of
 from fedsb.adapters.methods import METHODS
 from fedsb.cli.simulate import check_clients
 from fedsb.config import RunConfig, read_table
@@ -116,8 +117,9 @@ class Comparison:
 
 
 def identify(config: RunConfig) -> dict[str, str]:
-    """What a result is known by: SHA-256 of settings, base model and data. Raises FedsbError for a model or data that fail."""
-    model = locate(config.model.source).sha256
+    """What a result is known by: SHA-256 of settings, base model (with the encoder, if there is one) and data. Raises FedsbError
+    for a model or data that fail."""
+    model = identity_of(locate(config.model.source), encoder_of(config))
     return {"config": config.digest(), "model": model, "data": fingerprint_of_data(config.to_json())}
 
 

@@ -84,7 +84,7 @@ def _personalised(
     checkpoint.check_model(last, session.identity, told.model.source)
     basis = load_basis(run, last.basis_fingerprint)
     session.use(basis)
-    session.examples(site, "test")  # now, so that nothing is trained where they cannot be read
+    session.require_scores(site)  # now, so that nothing is trained where test examples cannot be read or scored
     shapes = dict(session.layout.shapes)
     pool = {newcomer.SHARED: last.state} | {
         name: each.state

@@ -38,6 +38,13 @@ def load_task(task: TaskSection, split: Split, seed: int, labels: Sequence[str] 
     too few examples are there to hold any out.
     """
     examples = _source(task, "test" if split == "test" else "train", seed, labels)
+    if split == "train" and (empty := next((e for e in examples if e.code and not e.completion.strip()), None)):
+        start = f"{' '.join(empty.prompt.split())[:40]}…"
+        raise DataError(
+            f'{task.source}: its train split has a program without a completion ("{start}"), which would teach a model to say '
+            "nothing; add one, or drop the row",
+            quoted=start,
+        )
     limit = task.train if split == "train" else task.test
     if validation and split != "test":
         examples, held = hold_out(examples, validation, task.source)

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from fedsb.data.batches import Batch, Encoded, Kind, collate, collate_prompts, evaluation_order
+from fedsb.data.code import Code
 from fedsb.data.examples import Example
 from fedsb.serving.languages import require_languages, verdicts
 from fedsb.serving.transcripts import transcribe, word_errors
@@ -55,12 +57,11 @@ def evaluate(
 ) -> Score:
     """Score `model` (a transformers model in evaluation mode, not the PEFT wrapper) on examples and their rows.
 
-    Raises SandboxError if there are programs that cannot be run here, before anything is generated.
+    Raises as `require`, before anything is generated.
     """
+    require(examples)
     order = evaluation_order(rows)
     loss, hits, languages = 0.0, 0, dict[str, tuple[int, int]]()
-    if asked := {example.code.language for example in examples if example.code}:
-        require_languages(asked)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         of, some = [examples[i] for i in chosen], [rows[i] for i in chosen]
@@ -77,10 +78,10 @@ def evaluate(
                 _count(languages, language or "-", wrong, words)
                 right[place] = wrong == 0
         elif kind == "causal" and longer:
-            stops = {example.code.stops if example.code else () for example in of}
-            stop = list(stops.pop()) if len(stops) == 1 else []  # those of one language may stand within another's program
-            texts = _generate(model, [some[place] for place in longer], tokenizer, device, max_new_tokens, stop)
-            for place, hit in zip(longer, _right(texts, [of[place] for place in longer]), strict=True):
+            asked = [of[place] for place in longer]
+            stops = _Stops([example.code for example in asked], tokenizer)
+            texts = _generate(model, [some[place] for place in longer], tokenizer, device, max_new_tokens, stops)
+            for place, hit in zip(longer, _right(texts, asked), strict=True):
                 right[place] = hit
         for example, hit in zip(of, right.tolist(), strict=True):
             if example.code:
@@ -89,6 +90,25 @@ def evaluate(
         hits += int(right.sum())
     wrong, words = (sum(counts) for counts in zip(*languages.values(), strict=True)) if kind == "speech" else (0, 0)
     return Score(loss / len(rows), hits / len(rows), len(rows), languages, wrong / max(words, 1) if kind == "speech" else None)
+
+
+@torch.no_grad()
+def loss_on(model: Any, rows: Sequence[Encoded], kind: Kind, pad_id: int, device: torch.device, batch_size: int) -> float:
+    """Mean loss alone, nats, as in `evaluate`."""
+    order, total = evaluation_order(rows), 0.0
+    for start in range(0, len(order), batch_size):
+        batch = collate([rows[i] for i in order[start : start + batch_size]], pad_id, kind).to(device)
+        total += float((_classified if kind == "classification" else _forced)(model, batch)[0].sum())
+    return total / len(rows)
+
+
+def require(examples: Sequence[Example]) -> None:
+    """Raise SandboxError if there are programs that cannot be run here, DataError if there are recordings without what it takes
+    to count wrong words."""
+    if programs := [(example.code, example.prompt) for example in examples if example.code]:
+        require_languages(programs)
+    if any(example.speech for example in examples):
+        word_errors("", "", None)
 
 
 def _count(languages: dict[str, tuple[int, int]], language: str, some: int, of: int) -> None:
@@ -129,21 +149,34 @@ def _classified(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return functional.cross_entropy(logits, batch.labels, reduction="none"), logits.argmax(-1) == batch.labels
 
 
+class _Stops(StoppingCriteria):
+    """Ends each row of a batch at the first stop of its own program, looking at what was generated and not at the prompt."""
+
+    def __init__(self, codes: Sequence[Code | None], tokenizer: Any) -> None:
+        self.codes, self.tokenizer, self.prompt = codes, tokenizer, 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """input_ids (B, T) so far → (B,) whether a row is finished."""
+        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt :], skip_special_tokens=True)
+        done = [code is not None and code.cut(text) != text for code, text in zip(self.codes, texts, strict=True)]
+        return torch.tensor(done, device=input_ids.device)
+
+
 def _generate(
-    model: Any, rows: Sequence[Encoded], tokenizer: Any, device: torch.device, max_new_tokens: int, stop: Sequence[str]
+    model: Any, rows: Sequence[Encoded], tokenizer: Any, device: torch.device, max_new_tokens: int, stops: _Stops
 ) -> list[str]:
-    """Greedy continuations, without the prompts; each ends with the first text of `stop` that it has, or soon after."""
+    """Greedy continuations, without the prompts; a program's ends with its first stop."""
     batch = collate_prompts(rows, tokenizer.pad_token_id).to(device)
     inputs = inputs_of(model, batch)
     inputs.pop("position_ids", None)  # generate counts for itself
+    stops.prompt = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0  # of embeddings nothing comes back
     tokens = model.generate(
         **inputs,
-        **({"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}),
+        stopping_criteria=StoppingCriteriaList([stops]),
         do_sample=False,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    prompt = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0  # of embeddings nothing comes back
-    texts: list[str] = tokenizer.batch_decode(tokens[:, prompt:], skip_special_tokens=True)
+    texts: list[str] = tokenizer.batch_decode(tokens[:, stops.prompt :], skip_special_tokens=True)
     return texts

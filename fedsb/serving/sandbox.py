@@ -1,12 +1,14 @@
 """Where generated programs run, and nowhere else: Bubblewrap (`bwrap`), with limits on time, memory, files and processes.
 
 A program sees /usr, read-only, and a folder /work of its own in memory that is gone afterwards: no home, no data, no environment,
-no network, no other process, no capability; as root's guest it is nobody. It can still read what /usr holds, and shares the
-kernel: against a fault in that only a machine of its own helps.
+no network, no other process, no capability, no name spaces of its own (`fedsb.serving.syscalls`); root's guest is somebody whom
+the machine does not know. It can still read what /usr holds, and shares the kernel: against a fault in that only a machine of its
+own helps.
 """
 
 import functools
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -19,15 +21,16 @@ from pathlib import Path
 import psutil
 
 from fedsb.errors import SandboxError
+from fedsb.serving.syscalls import seccomp_filter
 
 MIB = 1 << 20
 SECONDS = 15.0  # of wall time, compiling included
 MEMORY = 1024 * MIB  # of all its processes together, and of the data of each
-DISK = 64 * MIB  # of /work, and of a file
+DISK = 256 * MIB  # of /work, and of a file: a compiler of Go keeps its library there
 PROCESSES = 64  # and threads
 FILES = 256  # open at a time
 POLL = 0.02  # seconds between looks at its memory
-NOBODY = "65534"
+GUESTS = 1 << 30  # as root: user ids from here on, one for each program, since limits on processes count by user
 OUTPUT = 1 << 16  # bytes of the end of what it said that are looked at
 SHOWN = ("/etc/alternatives", "/etc/ld.so.cache", *map(str, sorted(Path("/etc").glob("java-*-openjdk"))))
 
@@ -72,11 +75,12 @@ def _run(files: dict[str, str], command: Sequence[str], binds: Sequence[str], se
     with tempfile.TemporaryFile() as said, tempfile.TemporaryDirectory(prefix="fedsb-sandbox-") as folder:
         opened = []
         try:
-            for number, text in enumerate(files.values()):
+            for number, content in enumerate((seccomp_filter(), *(text.encode() for text in files.values()))):
                 path = Path(folder) / str(number)
-                path.write_text(text)
+                path.write_bytes(content)
                 opened.append(os.open(path, os.O_RDONLY))
-            told = [item for fd, name in zip(opened, files, strict=True) for item in ("--file", str(fd), f"/work/{name}")]
+            told = ["--seccomp", str(opened[0])]
+            told += [item for fd, name in zip(opened[1:], files, strict=True) for item in ("--file", str(fd), f"/work/{name}")]
             process = subprocess.Popen(
                 [*_walls(binds), *told, "--chdir", "/work", "--remount-ro", "/", *_drop(), *_limits(), *command],
                 stdin=subprocess.DEVNULL,
@@ -98,6 +102,7 @@ def _walls(binds: Sequence[str]) -> list[str]:
     apart = ["ipc", "pid", "net", "uts", *([] if os.geteuid() == 0 else ["user"])]
     walls = ["bwrap", *(f"--unshare-{what}" for what in apart), "--unshare-cgroup-try", "--die-with-parent", "--new-session"]
     walls += ["--clearenv", "--setenv", "PATH", "/usr/local/bin:/usr/bin:/bin", "--setenv", "HOME", "/work"]
+    walls += ["--setenv", "TMPDIR", "/work", "--setenv", "LANG", "C.UTF-8"]
     walls += ["--ro-bind", "/usr", "/usr"]
     for name in ("bin", "lib", "lib64", "sbin"):  # where these are no links into /usr, they are folders of their own
         link = Path("/") / name
@@ -112,12 +117,13 @@ def _walls(binds: Sequence[str]) -> list[str]:
 
 
 def _drop() -> list[str]:
-    """Let root's guest become nobody, so that limits on processes hold; anybody else's has a name space of users."""
+    """Let root's guest become somebody unknown, so that limits on processes hold; anybody else's has a name space of users."""
     if os.geteuid() != 0:
         return ["--cap-drop", "ALL", "--"]
     needed = ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP")
     kept = ["--cap-drop", "ALL", *(item for name in needed for item in ("--cap-add", name)), "--"]
-    return [*kept, "setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--bounding-set=-all", "--no-new-privs"]
+    guest = GUESTS + secrets.randbelow(GUESTS)
+    return [*kept, "setpriv", f"--reuid={guest}", f"--regid={guest}", "--clear-groups", "--bounding-set=-all", "--no-new-privs"]
 
 
 def _limits() -> list[str]:
@@ -143,15 +149,26 @@ def _watched(process: "subprocess.Popen[bytes]", seconds: float) -> str:
 
 
 def _memory(pid: int) -> int:
-    """Bytes that a process and all below it hold."""
-    total = 0
+    """Bytes that a process and all below it hold; what several hold together counts once, if that matters."""
     try:
         family = psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return 0
-    for member in family:
-        try:
-            total += member.memory_info().rss
-        except psutil.NoSuchProcess:
-            continue
-    return total
+    total = sum(map(_resident, family))
+    return total if total <= MEMORY else sum(map(_share, family))  # which takes longer to find out
+
+
+def _resident(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.Error:  # it has ended
+        return 0
+
+
+def _share(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_full_info().pss)
+    except psutil.AccessDenied:
+        return _resident(process)
+    except psutil.Error:
+        return 0

@@ -11,7 +11,7 @@ from clients.answers import answer
 from clients.app import app as client_app
 from clients.policy import Policy, load_policy, template
 from fedsb.config import RunConfig
-from fedsb.errors import BasisError, ConfigError, PolicyError, PrivacyError, ReplyError
+from fedsb.errors import BasisError, ConfigError, PolicyError, PrivacyError, ReplyError, SandboxError
 from server.local_grid import LocalGrid, node_configs
 from strategies.records import CONFIG, PREPARE, TRAIN, Order
 from tests.federation.tiny import config_of, events, federate, personal_states, save_model, save_task, table
@@ -213,3 +213,31 @@ def test_a_personal_adapter_that_may_not_leave_stays(config: RunConfig, tmp_path
     assert summary["evaluation"] == expected["evaluation"]
     assert list((kept / "sites" / "client-1").glob("personal-*.safetensors"))
     assert summary["bytes"]["up"] < expected["bytes"]["up"]
+
+
+def test_an_encoder_is_a_model_too(config: RunConfig) -> None:
+    lopa = {"adapter": {"method": "lopa", "encoder": "/home/somebody/private", "tokens": 2, "hidden": 4}}
+    asked = config_of({**json.loads(config.to_json()), **lopa, "basis": {}})
+    with pytest.raises(PolicyError, match=r"adapter.encoder = /home/somebody/private \(models = "):
+        Policy(models=(config.model.source,)).check(asked)
+    Policy(models=(config.model.source, "/home/*")).check(asked)
+
+
+def test_what_cannot_be_scored_is_said_before_anything_is_trained(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs, where there is no sandbox."""
+    row = {"prompt": "red", "completion": "green", "language": "py", "tests": "blue", "stop_tokens": []}
+    (tmp_path / "task").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "task" / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    source = {"tasks": [{"name": "code", "source": f"jsonl:{tmp_path / 'task'}"}]}
+    asked = config_of({**json.loads(config.to_json()), "data": source})
+
+    def nowhere() -> None:
+        raise SandboxError("there is no sandbox")
+
+    monkeypatch.setattr("fedsb.serving.languages.require_sandbox", nowhere)
+    with pytest.raises(SandboxError, match="there is no sandbox"):
+        federate(asked, tmp_path / "out")
+    assert not list(tmp_path.glob("out/checkpoints/*"))

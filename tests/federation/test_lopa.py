@@ -10,6 +10,7 @@ import pytest
 import torch
 from flwr.app import Message
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from clients.session import Session, Site
@@ -19,7 +20,7 @@ from fedsb.adapters.methods import METHODS
 from fedsb.adapters.state import get_state, parameters_of, set_state
 from fedsb.config import RunConfig
 from fedsb.data.batches import collate, with_instances
-from fedsb.errors import CheckpointError, ConfigError, FederationError, StoreError
+from fedsb.errors import CheckpointError, ConfigError, FederationError, ModelError, StoreError
 from fedsb.models import device_of, load_model, locate
 from fedsb.serving.evaluator import answers
 from fedsb.store import adapters
@@ -136,6 +137,24 @@ def test_peft_reads_the_export(run: RunConfig, tmp_path: Path) -> None:
     assert not (tmp_path / "lora").exists()
     told = read_json(tmp_path / "run" / "summary.json")["encoder"]
     assert told["sha256"] == encoder.sha256 and told["parameters"] == AutoModel.from_pretrained(encoder.folder).num_parameters()
+
+
+def test_an_encoder_that_is_not_whole_is_refused(run: RunConfig, tmp_path: Path) -> None:
+    """Missing weights would be random numbers, other ones at each site."""
+    encoder = tmp_path / "encoder"
+    shutil.copytree(run.adapter.encoder, encoder)
+    weights = load_file(encoder / "model.safetensors")
+    (encoder / "model.safetensors").unlink()
+    save_file({name: t for name, t in weights.items() if "layer.1" not in name}, encoder / "model.safetensors", {"format": "pt"})
+    own = run.model_copy(update={"adapter": run.adapter.model_copy(update={"encoder": str(encoder)})})
+    with pytest.raises(ModelError, match=r"adapter.encoder = .*encoder lacks the weights encoder.layer.1.* name a whole model"):
+        Session(own)
+    (encoder / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ModelError, match="adapter.encoder = .* cannot be read"):
+        Session(own)
+    gone = run.model_copy(update={"adapter": run.adapter.model_copy(update={"encoder": str(tmp_path / "gone")})})
+    with pytest.raises(ModelError, match="adapter.encoder = .*gone: is no folder or file here"):
+        Session(gone)
 
 
 def test_another_encoder_is_another_run(run: RunConfig, llama: str, tmp_path: Path) -> None:

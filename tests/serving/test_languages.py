@@ -1,5 +1,6 @@
 """Generated programs: how they are cut, put together and judged in each language that is here, and scored by the evaluator."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -16,8 +17,8 @@ from fedsb.data.tasks import load_task
 from fedsb.errors import DataError, SandboxError
 from fedsb.report.table import languages_table
 from fedsb.sections import TaskSection
-from fedsb.serving.evaluator import evaluate
-from fedsb.serving.languages import LANGUAGES, _binary, _tool, require_languages, verdicts
+from fedsb.serving.evaluator import _Stops, evaluate
+from fedsb.serving.languages import LANGUAGES, _binary, _fails, _tool, require_languages, verdicts
 from tests import reference
 from tests.adapters.samples import llama
 from tests.data.test_batches import DEFAULTED, byte_tokenizer
@@ -43,10 +44,10 @@ PROGRAMS = {  # language → (program whose `double` is to be filled in, right, 
     ),
     "c": ("#include <assert.h>\nint twice(int x) { return ", "2 * x; }", "x; }", "int main() { assert(twice(4) == 8); }"),
     "go": (
-        "package main\nfunc twice(x int) int { return ",
+        'package x_test\nimport "testing"\nfunc twice(x int) int { return ',
         "2 * x }",
         "x }",
-        'func main() { if twice(4) != 8 { panic("no") } }',
+        "func TestIt(t *testing.T) { if twice(4) != 8 { t.Fail() } }",
     ),
     "rb": ("def double(x)\n", "2 * x\nend", "x\nend", "exit 1 unless double(4) == 8"),
     "lua": ("function double(x) return ", "2 * x end", "x end", "assert(double(4) == 8)"),
@@ -131,16 +132,70 @@ def test_a_programs_prompt_goes_in_as_it_stands(template: str | None) -> None:
 
 def test_what_cannot_be_run_is_refused_before_anything_is_generated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedsb.serving.languages.require_sandbox", lambda: None)
+    monkeypatch.setattr("fedsb.serving.languages._fails", lambda language, program: "")
     with pytest.raises(SandboxError, match="code in 'cobol' cannot be tested; languages are py, js, "):
-        require_languages({"py", "cobol"})
+        require_languages([(Code(name, "", ()), "") for name in ("py", "cobol")])
     monkeypatch.setattr("fedsb.serving.languages._tool", lambda name: None)
     with pytest.raises(SandboxError, match="code in 'rb' needs ruby, which is not installed; install it, or leave the task out"):
-        require_languages({"rb"})
+        require_languages([(Code("rb", "", ()), "")])
     example = Example("t", "a", "b", "", code=Code("cobol", "t", ()))
     rows = encode([example], byte_tokenizer(), 64, None, "causal")
     told: dict[str, Any] = {"tokenizer": byte_tokenizer(), "device": torch.device("cpu"), "batch_size": 2, "max_new_tokens": 4}
     with pytest.raises(SandboxError, match="cobol"):
         evaluate(None, [example], rows, kind="causal", **told)
+
+
+@needed
+def test_what_prints_after_its_tests_has_passed_them() -> None:
+    late = "import atexit\natexit.register(lambda: print('bye'))"
+    (found,) = verdicts([(Code("py", "", ()), late)])
+    assert found.passed
+
+
+@needed
+def test_an_interpreter_that_does_not_work_is_noticed_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link out of a folder of tools to one that ends badly."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "perl").write_text("#!/bin/sh\nexit 3\n")
+    (tmp_path / "bin" / "perl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    _tool.cache_clear()
+    _fails.cache_clear()
+    with pytest.raises(SandboxError, match=r"code in 'pl' cannot be run here \(status .*; mend perl, or leave the task out"):
+        require_languages([(Code("pl", "", ()), "")])
+    (tmp_path / "bin" / "perl").unlink()
+    (tmp_path / "bin" / "perl").symlink_to("/usr/bin/perl")
+    _tool.cache_clear()
+    _fails.cache_clear()
+    require_languages([(Code("pl", "", ()), "")])
+    _tool.cache_clear()
+
+
+def test_a_tool_that_would_open_a_home_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for home, where in ((tmp_path, tmp_path / "bin"), (tmp_path / "data" / "home", tmp_path / "bin")):
+        where.mkdir(exist_ok=True)
+        (where / "node").write_text("#!/bin/sh\n")
+        (where / "node").chmod(0o755)
+        monkeypatch.setenv("PATH", str(where))
+        monkeypatch.setenv("HOME", str(home))
+        _tool.cache_clear()
+        with pytest.raises(SandboxError, match=f"node lies in {tmp_path}, which generated code is not to see"):
+            _tool("node")
+    _tool.cache_clear()
+
+
+@needed
+@pytest.mark.parametrize("language", [name for name in HERE if LANGUAGES[name].library])
+def test_what_multipl_e_uses_besides_is_asked_for(language: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    marker, _ = LANGUAGES[language].library or ("", "")
+    asked: list[str] = []
+    monkeypatch.setattr("fedsb.serving.languages._fails", lambda language, program: asked.append(program) or (program and "no"))
+    if LANGUAGES[language].least:
+        monkeypatch.setitem(LANGUAGES, language, dataclasses.replace(LANGUAGES[language], least=""))
+    require_languages([(Code(language, "no library", ()), "")])
+    with pytest.raises(SandboxError, match=f"code in '{language}' uses {marker}, which is not there .no.; install it, or leave"):
+        require_languages([(Code(language, f"x {marker} y", ()), "")])
+    assert [marker in each for each in asked] == [False, False, True]
 
 
 @needed
@@ -171,3 +226,24 @@ def test_pass_at_one_of_programs_learnt_by_heart(batch_size: int) -> None:
     cells = [list(column.cells) for column in table.columns]
     assert cells == [["py", "sh"], ["4", "1"], ["0.000", "-"], ["-", "-"], ["0.500", "1.000"]]
     assert languages_table({"base": {"a": {"loss": 1.0}}}) is None
+
+
+def test_programs_without_a_reference_are_not_trained_on(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        row = {"prompt": "def secret", "language": "py", "tests": "t", "stop_tokens": []}
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row))
+    task = TaskSection(name="me", source=f"jsonl:{tmp_path}")
+    with pytest.raises(DataError, match=r"its train split has a program without a completion \(.def secret….\)") as raised:
+        load_task(task, "train", 0)
+    assert "secret" not in raised.value.outside and len(load_task(task, "test", 0)) == 1
+
+
+def test_stops_are_looked_for_in_what_was_generated_alone() -> None:
+    """A prompt that ends in a line's end, and a stop that begins with one; rows of a batch have stops of their own."""
+    tokenizer = byte_tokenizer()
+    stops = _Stops([Code("py", "", ("\n#",)), Code("py", "", ("\n#",)), Code("sh", "", ("\nc",)), None], tokenizer)
+    prompt = tokenizer("x\n", add_special_tokens=False)["input_ids"]
+    stops.prompt = len(prompt)
+    texts = ["# a\n b", " a\n#b ", " a\n#bc", " a\n#bc"]
+    ids = torch.tensor([prompt + tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts])
+    assert stops(ids, None).tolist() == [False, True, False, False]

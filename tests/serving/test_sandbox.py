@@ -2,12 +2,14 @@
 
 import http.server
 import os
+import platform
 import secrets
 import shutil
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -17,6 +19,7 @@ from fedsb.errors import SandboxError
 from fedsb.serving import sandbox
 from fedsb.serving.languages import _tool
 from fedsb.serving.sandbox import DISK, MEMORY, PROCESSES, Outcome, require_sandbox, run
+from fedsb.serving.syscalls import CLONE, seccomp_filter
 
 needed = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 
@@ -68,7 +71,7 @@ def _(): return open("/etc/passwd").read()
 @tries("reads a home")
 def _(): return [name for name in os.listdir(HOME) if not name.startswith(".")] or None
 @tries("has the environment")
-def _(): return sorted(os.environ.keys() - {"PATH", "HOME", "PWD", "LC_CTYPE", "OLDPWD", "SHLVL", "_"}) or None
+def _(): return sorted(os.environ.keys() - {"PATH", "HOME", "TMPDIR", "LANG", "PWD", "LC_CTYPE", "OLDPWD", "SHLVL", "_"}) or None
 @tries("sees another process")
 def _(): return [pid for pid in os.listdir("/proc") if pid.isdigit() and SECRET in open(f"/proc/{pid}/cmdline").read()] or None
 @tries("sees many processes")
@@ -95,6 +98,25 @@ def _():
 libc = ctypes.CDLL(None, use_errno=True)
 @tries("mounts")
 def _(): return os.mkdir(NAME) or libc.mount(b"none", NAME.encode(), b"tmpfs", 0, None) == 0 or None
+def unshared(flags):
+    # whether a child that asks for other name spaces gets them
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if libc.unshare(flags) == 0 else 1)
+    return os.waitpid(child, 0)[1] == 0 or None
+@tries("makes users of its own")
+def _(): return unshared(0x10000000)
+@tries("makes mounts of its own")
+def _(): return unshared(0x10000000 | 0x20000)
+@tries("clones itself into other name spaces")
+def _():
+    found = libc.syscall(CLONE, 0x10000000 | 17, 0, 0, 0, 0)
+    if found == 0: os._exit(0)
+    return found > 0 and (os.waitpid(found, 0), "child")[1] or None
+@tries("keeps what no limit sees")
+def _(): return os.memfd_create("hidden")
+@tries("shares memory that no limit sees")
+def _(): return libc.shmget(0, 1 << 20, 0o1600) >= 0 or None
 @tries("makes a device")
 def _(): return os.mknod("disk", 0o60666, os.makedev(8, 0)) or "made"
 @tries("reads the kernel's memory")
@@ -116,6 +138,7 @@ def test_a_program_that_tries_to_leave_does_not(listening: int, tmp_path: Path, 
         "HOME": str(Path.home()),
         "PARENT": os.getpid(),
         "PORT": listening,
+        "CLONE": CLONE[platform.machine()],
         "NAME": f"fedsb-{secrets.token_hex(8)}",
     }
     outcome = python("".join(f"{name} = {value!r}\n" for name, value in told.items()) + LEAVE)
@@ -180,6 +203,13 @@ def test_memory_is_limited_of_one_process_and_of_all() -> None:
 
 
 @needed
+def test_what_several_processes_hold_together_counts_once() -> None:
+    held = f"held = b'1' * {MEMORY // 3}\n"
+    forks = "import os, time\nfor _ in range(4):\n    if os.fork() == 0:\n        time.sleep(1)\n        os._exit(0)\n"
+    assert python(held + forks + "for _ in range(4): os.wait()\nprint('done')") == Outcome(0, "", "done\n")
+
+
+@needed
 def test_files_are_limited() -> None:
     fill = f"with open('big', 'wb') as file:\n    for _ in range({2 * DISK >> 20}):\n        file.write(bytes(1 << 20))"
     assert python(fill).status not in (0, None)
@@ -195,6 +225,29 @@ def test_files_are_limited() -> None:
 def test_processes_are_limited() -> None:
     found = python(BOMB)
     assert found.status == 0 and 0 < int(found.output) <= PROCESSES
+
+
+@needed
+def test_programs_at_the_same_time_have_limits_of_their_own() -> None:
+    many = "import threading, time\nthreads = [threading.Thread(target=time.sleep, args=(1,)) for _ in range(40)]\n"
+    many += "for thread in threads: thread.start()\nfor thread in threads: thread.join()\nprint('done')"
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(python, [many, many])) == [Outcome(0, "", "done\n")] * 2
+
+
+@needed
+def test_texts_are_utf_8_whatever_the_locale(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LC_ALL", "C")
+    tool = _tool("python3")
+    assert tool is not None
+    found = run({"a.txt": "é"}, [tool.binary, "-c", "print(len(open('a.txt').read()), 'ü')"], tool.folders)
+    assert found == Outcome(0, "", "1 ü\n")
+
+
+def test_a_machine_whose_system_calls_are_not_known_has_no_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    with pytest.raises(SandboxError, match="and none is known for riscv64; use x86_64 or aarch64"):
+        seccomp_filter()
 
 
 def test_without_a_sandbox_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
