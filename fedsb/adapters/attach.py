@@ -52,7 +52,7 @@ def attach(model: Any, config: RunConfig, tokenizer: Any = None) -> Any:
             warnings.catch_warnings(),
         ):  # PEFT 0.21 asks transformers 5.23 in a way that is deprecated
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            peft_model = get_peft_model(model, peft_config)
+            peft_model: Any = get_peft_model(model, peft_config)
     except ValueError as error:
         hit = [name for name in linear if targets == "all-linear" or any(f".{name}".endswith(f".{t}") for t in targets)]
         narrow = {name: linear[name] for name in hit if linear[name][1] < adapter.rank}
@@ -82,6 +82,7 @@ def attach(model: Any, config: RunConfig, tokenizer: Any = None) -> Any:
         for layer in layers.values():
             layer.lora_A["default"].requires_grad_(False)
     _prepare_heads(peft_model, features)
+    peft_model.standardised_by = features  # for whoever wants the head as the base model's own (`StoredAdapter.plain`)
     peft_model.eval()
     return peft_model
 

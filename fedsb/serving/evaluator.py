@@ -9,6 +9,7 @@ counted.
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from fedsb.data.batches import Batch, Encoded, Kind, collate, collate_prompts, evaluation_order
 from fedsb.data.code import Code
 from fedsb.data.examples import Example
+from fedsb.serving.bank import Bank, Place
 from fedsb.serving.languages import require_languages, verdicts
 from fedsb.serving.transcripts import transcribe, word_errors
 from fedsb.training.loss import head_of, inputs_of, labelled_states, sequence_weights
@@ -43,7 +45,15 @@ class Score:
         return found | ({"languages": {name: list(counts) for name, counts in self.languages.items()}} if self.languages else {})
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Trial:
+    """Examples, their rows, and in a batch of several tenants where the adapter is that they score (None: the base model)."""
+
+    examples: Sequence[Example]
+    rows: Sequence[Encoded]
+    place: Place | None = None
+
+
 def evaluate(
     model: Any,
     examples: Sequence[Example],
@@ -55,41 +65,85 @@ def evaluate(
     batch_size: int,
     max_new_tokens: int,
 ) -> Score:
-    """Score `model` (a transformers model in evaluation mode, not the PEFT wrapper) on examples and their rows.
+    """`evaluate_all` of one trial, of the model as it is."""
+    told: dict[str, Any] = {"kind": kind, "tokenizer": tokenizer, "device": device}
+    return evaluate_all(model, [Trial(examples, rows)], None, batch_size=batch_size, max_new_tokens=max_new_tokens, **told)[0]
+
+
+@torch.no_grad()
+def evaluate_all(
+    model: Any,
+    trials: Sequence[Trial],
+    bank: Bank | None,
+    *,
+    kind: Kind,
+    tokenizer: Any,
+    device: torch.device,
+    batch_size: int,
+    max_new_tokens: int,
+) -> list[Score]:
+    """Score `model` (a transformers model in evaluation mode, not the PEFT wrapper) on each trial, all in the same batches.
+
+    `bank`: of a model that uses one (`fedsb.serving.mixed.mix`); without it all trials are of the model as it is.
 
     Raises as `require`, before anything is generated.
     """
+    examples = [example for trial in trials for example in trial.examples]
+    rows = [row for trial in trials for row in trial.rows]
+    of = [number for number, trial in enumerate(trials) for _ in trial.rows]
     require(examples)
     order = evaluation_order(rows)
-    loss, hits, languages = 0.0, 0, dict[str, tuple[int, int]]()
+    tallies = [_Tally() for _ in trials]
+
+    def using(chosen: Sequence[int]) -> AbstractContextManager[None]:
+        return bank.using([trials[of[i]].place for i in chosen]) if bank else nullcontext()
+
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        of, some = [examples[i] for i in chosen], [rows[i] for i in chosen]
-        batch = collate(some, tokenizer.pad_token_id, kind).to(device)
-        losses, right = (_classified if kind == "classification" else _forced)(model, batch)
-        longer = [place for place, example in enumerate(of) if example.code or example.answer != example.completion]
+        batch = collate([rows[i] for i in chosen], tokenizer.pad_token_id, kind).to(device)
+        with using(chosen):
+            losses, right = (_classified if kind == "classification" else _forced)(model, batch)
+        longer = [i for i in chosen if examples[i].code or examples[i].answer != examples[i].completion]
+        hits = dict(zip(chosen, right.tolist(), strict=True))
         if kind == "speech":
             assert batch.features is not None
-            begun = torch.tensor([row.prompt for row in some], device=device)
-            texts = transcribe(model, batch.features, begun, tokenizer, max_new_tokens)
-            for place, (text, example) in enumerate(zip(texts, of, strict=True)):
-                language = example.speech.language if example.speech else None
-                wrong, words = word_errors(example.completion, text, language)
-                _count(languages, language or "-", wrong, words)
-                right[place] = wrong == 0
+            begun = torch.tensor([rows[i].prompt for i in chosen], device=device)
+            with using(chosen):
+                texts = transcribe(model, batch.features, begun, tokenizer, max_new_tokens)
+            for i, text in zip(chosen, texts, strict=True):
+                speech = examples[i].speech
+                language = speech.language if speech else None
+                wrong, words = word_errors(examples[i].completion, text, language)
+                tallies[of[i]].count(language or "-", wrong, words)
+                hits[i] = wrong == 0
         elif kind == "causal" and longer:
-            asked = [of[place] for place in longer]
+            asked = [examples[i] for i in longer]
             stops = _Stops([example.code for example in asked], tokenizer)
-            texts = _generate(model, [some[place] for place in longer], tokenizer, device, max_new_tokens, stops)
-            for place, hit in zip(longer, _right(texts, asked), strict=True):
-                right[place] = hit
-        for example, hit in zip(of, right.tolist(), strict=True):
-            if example.code:
-                _count(languages, example.code.language, bool(hit), 1)
-        loss += float(losses.sum())
-        hits += int(right.sum())
-    wrong, words = (sum(counts) for counts in zip(*languages.values(), strict=True)) if kind == "speech" else (0, 0)
-    return Score(loss / len(rows), hits / len(rows), len(rows), languages, wrong / max(words, 1) if kind == "speech" else None)
+            with using(longer):
+                texts = _generate(model, [rows[i] for i in longer], tokenizer, device, max_new_tokens, stops)
+            hits |= dict(zip(longer, _right(texts, asked), strict=True))
+        for i, loss in zip(chosen, losses.tolist(), strict=True):
+            tally, code = tallies[of[i]], examples[i].code
+            tally.loss += loss
+            tally.hits += bool(hits[i])
+            if code:
+                tally.count(code.language, bool(hits[i]), 1)
+    return [tally.score(len(trial.rows), spoken=kind == "speech") for tally, trial in zip(tallies, trials, strict=True)]
+
+
+@dataclass
+class _Tally:
+    loss: float = 0.0
+    hits: int = 0
+    languages: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def count(self, language: str, some: int, of: int) -> None:
+        before = self.languages.get(language, (0, 0))
+        self.languages[language] = before[0] + some, before[1] + of
+
+    def score(self, n: int, *, spoken: bool) -> Score:
+        wrong, words = (sum(counts) for counts in zip(*self.languages.values(), strict=True)) if spoken else (0, 0)
+        return Score(self.loss / n, self.hits / n, n, self.languages, wrong / max(words, 1) if spoken else None)
 
 
 @torch.no_grad()
@@ -109,11 +163,6 @@ def require(examples: Sequence[Example]) -> None:
         require_languages(programs)
     if any(example.speech for example in examples):
         word_errors("", "", None)
-
-
-def _count(languages: dict[str, tuple[int, int]], language: str, some: int, of: int) -> None:
-    before = languages.get(language, (0, 0))
-    languages[language] = before[0] + some, before[1] + of
 
 
 def _right(texts: Sequence[str], examples: Sequence[Example]) -> list[bool]:

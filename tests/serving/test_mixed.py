@@ -1,0 +1,254 @@
+"""Batches in which every row has a tenant of its own: against the dense sum, one tenant at a time, in any order, while others
+come and go."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fedsb.adapters.methods import METHODS
+from fedsb.basis.frames import Basis
+from fedsb.basis.spectral import random_basis
+from fedsb.cli.evaluate import evaluated
+from fedsb.errors import AdapterError, StoreError
+from fedsb.serving.bank import Bank, Place, form_of
+from fedsb.serving.mixed import MixedLinear, mix
+from fedsb.store.adapters import Manifest, ModelId, StoredAdapter
+from tests.adapters.samples import llama
+from tests.federation.test_methods import basis_for
+from tests.federation.tiny import classification, config_of, federate, save_model, save_task, table
+
+RANK = 3
+LAYERS = {"model.layers.0.self_attn.q_proj": (32, 32), "model.layers.1.mlp.down_proj": (32, 48)}
+
+
+def adapter(method: str, basis: Basis, seed: int, rank: int = RANK, scale: float = 1.0) -> StoredAdapter:
+    """A random adapter of a method for `LAYERS`."""
+    draw = torch.Generator().manual_seed(seed)
+    state = {}
+    for layer, (out, in_) in LAYERS.items():
+        sizes = {"r": rank, "in": in_, "out": out, "h": 2}
+        for part, letters in METHODS[method].parts.items():
+            state[f"{layer}.{part}"] = 0.3 * torch.randn([sizes[letter] for letter in letters], generator=draw)
+    manifest = Manifest(
+        client=f"tenant-{seed}",
+        version=1,
+        base_model=ModelId(name="x", sha256=""),
+        method=method,
+        rank=rank,
+        scale=scale,
+        basis_fingerprint=basis.fingerprint,
+        shapes={},
+        dtypes={},
+        sha256="",
+        round=1,
+        task="t",
+        created="",
+    )
+    return StoredAdapter(state, manifest)
+
+
+def basis_of(method: str, seed: int = 0) -> Basis:
+    rank = RANK * (2 if METHODS[method].heads else 1)
+    return random_basis(LAYERS, rank, seed) if METHODS[method].frames == ("B", "A") else Basis({}, {}, {})
+
+
+def dense(model: Any, stored: StoredAdapter, basis: Basis) -> Any:
+    """The model with the adapter's update in its weights."""
+    says = METHODS[stored.manifest.method]
+    with torch.no_grad():
+        for layer, parts in stored.expanded.items():
+            b, a = (side[layer].double() if layer in side else None for side in (basis.B, basis.A))
+            weight = model.get_submodule(layer).weight
+            weight += says.update(parts, b, a, stored.manifest.scale, weight.double()).to(weight.dtype)
+    return model
+
+
+TOKENS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12], [5, 6, 7, 8], [3, 3, 9, 4]])
+
+
+def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(tokens).logits
+    return found
+
+
+@pytest.mark.parametrize("method", ["lora-sb", "ravan", "lora", "dylora", "flora", "flora-ones"])
+def test_each_row_has_the_update_of_its_own_tenant(method: str) -> None:
+    basis = basis_of(method)
+    tenants = [adapter(method, basis, seed, scale=1.5 if method == "lora" else 1.0) for seed in range(2)]
+    bank = Bank(4)
+    model = mix(llama(), bank)
+    one, two = (bank.add(tenant, basis) for tenant in tenants)
+    plain = logits(llama(), TOKENS)
+    wanted = [logits(dense(llama(), tenant, basis), TOKENS) for tenant in tenants]
+    with bank.using([two, None, one, one]):
+        found = logits(model, TOKENS)
+    for row, from_ in enumerate((wanted[1], plain, wanted[0], wanted[0])):
+        torch.testing.assert_close(found[row], from_[row], rtol=1e-4, atol=1e-4)
+    assert (wanted[0] - plain).abs().max() > 0.01 and (found[0] - found[2]).abs().max() > 0.01
+    assert torch.equal(logits(model, TOKENS), plain)  # where nobody is said to use anything
+    with bank.using([None] * 4):
+        assert torch.equal(logits(model, TOKENS), plain)
+
+
+def test_tenants_of_unlike_methods_bases_and_ranks_share_a_batch() -> None:
+    first, other, none = basis_of("lora-sb"), basis_of("lora-sb", 1), basis_of("lora")
+    told = [
+        (adapter("lora-sb", first, 0), first),
+        (adapter("lora-sb", other, 1), other),
+        (adapter("lora", none, 2), none),
+        (adapter("flora", none, 3, rank=2), none),
+    ]
+    bank = Bank(3)
+    model = mix(llama(), bank)
+    places: list[Place | None] = [bank.add(*each) for each in told]
+    assert len({place.group for place in places if place}) == 4
+    tokens = TOKENS[[0, 0, 0, 0, 0]]
+    with bank.using([*places, None]):
+        found = logits(model, tokens)
+    wanted = [logits(dense(llama(), *each), tokens[:1])[0] for each in told]
+    for row, each in enumerate([*wanted, logits(llama(), tokens[:1])[0]]):
+        torch.testing.assert_close(found[row], each, rtol=1e-4, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=7), st.randoms(use_true_random=False))
+def test_a_row_does_not_depend_on_its_neighbours_nor_on_their_order(chosen: list[int], random: Any) -> None:
+    model, bank, places, _ = SHARED
+    tokens = torch.tensor([[5 + i, 6, 7] for i in chosen])
+    with bank.using([places[i] for i in chosen]):
+        together = logits(model, tokens)
+    order = list(range(len(chosen)))
+    random.shuffle(order)
+    with bank.using([places[chosen[i]] for i in order]):
+        shuffled = logits(model, tokens[order])
+    torch.testing.assert_close(shuffled, together[order], rtol=1e-5, atol=1e-5)
+    for row, i in enumerate(chosen):
+        with bank.using([places[i]]):
+            torch.testing.assert_close(logits(model, tokens[row : row + 1])[0], together[row], rtol=1e-5, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=6))
+def test_greedy_tokens_of_a_mixed_batch_are_each_tenants_own(chosen: list[int]) -> None:
+    """Prompts of unlike length, padded on the left, and the same prompt for several tenants."""
+    model, bank, places, _ = SHARED
+    prompts = [[7, 8, 9][: 1 + i % 3] for i in chosen]
+    tokens = torch.tensor([[0] * (3 - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (3 - len(p)) + [1] * len(p) for p in prompts])
+    with bank.using([places[i] for i in chosen]):
+        together = model.generate(tokens, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    for row, i in enumerate(chosen):
+        with bank.using([places[i]]):
+            alone = model.generate(
+                torch.tensor([prompts[row]]),
+                attention_mask=torch.ones(1, len(prompts[row]), dtype=torch.int64),
+                max_new_tokens=6,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        assert together[row, 3:].tolist() == alone[0, len(prompts[row]) :].tolist()
+
+
+def _shared() -> tuple[Any, Bank, list[Place | None], Sequence[StoredAdapter]]:
+    """A model with five tenants of three forms, and none."""
+    basis, none = basis_of("lora-sb"), basis_of("lora")
+    told = [adapter("lora-sb", basis, i) for i in range(3)]
+    others = [adapter("lora", none, 7), adapter("flora", none, 8)]
+    bank = Bank(5)
+    model = mix(llama(), bank)
+    return model, bank, [None, *(bank.add(t, basis) for t in told), *(bank.add(t, none) for t in others)], told
+
+
+SHARED = _shared()
+
+
+def test_what_comes_and_goes_changes_nobody_else() -> None:
+    basis = basis_of("lora-sb")
+    bank = Bank(4)
+    model = mix(llama(), bank)
+    kept, gone = (bank.add(adapter("lora-sb", basis, seed), basis) for seed in (1, 2))
+    with bank.using([kept]):
+        before = logits(model, TOKENS[:1])
+    bank.remove(gone)
+    new = bank.add(adapter("lora-sb", basis, 3), basis)
+    assert new == gone  # its slot is free again
+    with bank.using([kept, new]):
+        found = logits(model, TOKENS[:2])
+    torch.testing.assert_close(found[:1], before, rtol=1e-5, atol=1e-5)
+    wanted = logits(dense(llama(), adapter("lora-sb", basis, 3), basis), TOKENS[1:2])
+    torch.testing.assert_close(found[1:], wanted, rtol=1e-4, atol=1e-4)
+    bank.remove(new)
+    with bank.using([new]):
+        assert torch.equal(logits(model, TOKENS[:1]), logits(llama(), TOKENS[:1]))  # an empty slot is the base model
+
+
+def resident() -> int:
+    """Bytes of anonymous memory of this process."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Anonymous:"))
+
+
+def test_memory_is_taken_by_what_is_there_and_given_back() -> None:
+    shape = {"x": (512, 512)}  # a core of 1 MiB
+    basis = random_basis(shape, 512, 0)
+    state = {"x.core": torch.ones(512, 512)}
+    manifest = adapter("lora-sb", basis, 0).manifest.model_copy(update={"rank": 512})
+    before = resident()
+    bank = Bank(10_000)
+    places = [bank.add(StoredAdapter(state, manifest), basis) for _ in range(64)]
+    full = resident() - before
+    assert 64 << 20 <= full < 100 << 20
+    for place in places:
+        bank.remove(place)
+    assert resident() - before < full - (60 << 20)
+
+
+def test_a_full_bank_and_what_does_not_belong_are_refused() -> None:
+    basis = basis_of("lora-sb")
+    bank = Bank(2)
+    bank.add(adapter("lora-sb", basis, 0), basis)
+    with pytest.raises(StoreError, match="1 adapters of this form are loaded already; unload one, or make the bank larger"):
+        bank.add(adapter("lora-sb", basis, 1), basis)
+    with pytest.raises(AdapterError, match="tenant-0 was trained on another basis"):
+        bank.add(adapter("lora-sb", basis, 0), basis_of("lora-sb", 1))
+    with pytest.raises(AdapterError, match="is of bone, which no batch of several tenants can use"):
+        stored = adapter("lora", basis_of("lora"), 0)
+        bank.add(StoredAdapter(stored.state, stored.manifest.model_copy(update={"method": "bone"})), basis_of("lora"))
+
+
+def test_a_batch_of_other_rows_is_a_mistake() -> None:
+    bank = Bank(2)
+    layer = MixedLinear(nn.Linear(2, 2), "x", bank)
+    with bank.using([None, None]), pytest.raises(ValueError, match="layer x got 3 rows in a batch of 2"):
+        layer(torch.zeros(3, 2))
+
+
+def test_every_method_has_a_form_or_a_reason() -> None:
+    without = {method for method in METHODS if form_of(method) is None}
+    assert without == {"bone", "bone-row", "lopa", "lora-ga", "fedex-lora", "flora-stacking", "galore"}
+
+
+@pytest.mark.parametrize("kind", ["causal", "classification"])
+@pytest.mark.parametrize("method", [method for method in METHODS if form_of(method)])
+def test_a_run_is_scored_in_mixed_batches_as_one_at_a_time(method: str, kind: str, tmp_path: Path) -> None:
+    source, task = save_model(tmp_path / "model", kind), save_task(tmp_path / "task", kind)
+    sections: dict[str, Any] = {"train": {"learning_rate": 0.05}, "adapter": {"method": method}, **basis_for(method, task)}
+    content = (table if kind == "causal" else classification)(source, task, **sections)
+    federate(config_of({**content, "federation": {"clients": 3, "rounds": 2}}), tmp_path / "run")
+    mixed, plain = evaluated(tmp_path / "run"), evaluated(tmp_path / "run", sequential=True)
+    assert mixed.how == "9 adapters in mixed batches" and plain.how == "one adapter at a time"
+    assert mixed.rows == plain.rows == 3 * 9
+    for which, scores in plain.scores.items():
+        for client, score in scores.items():
+            other = mixed.scores[which][client]
+            assert other["loss"] == pytest.approx(score["loss"], rel=1e-4, abs=1e-5)
+            assert {k: v for k, v in other.items() if k != "loss"} == {k: v for k, v in score.items() if k != "loss"}
+    assert json.dumps(mixed.scores)
