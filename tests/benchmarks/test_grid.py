@@ -51,7 +51,7 @@ def test_a_points_score_is_that_of_the_whole_run(config: Path, tmp_path: Path) -
     run = grid.RunConfig.load(config)
     found = grid.run(run, personal=True)
     federate(run, tmp_path / "run")
-    scores = evaluate_run(tmp_path / "run")
+    scores = evaluate_run(tmp_path / "run", sequential=True)
     for which, prefix in (("global", ""), ("personal", "personal_")):
         expected = grid.pooled(scores[which])
         assert {what: found[prefix + what] for what in expected} == pytest.approx(expected)

@@ -100,10 +100,11 @@ def test_ctrl_c_says_how_to_go_on(toml: Path, tmp_path: Path, capsys: Capture, m
 
 def test_evaluate_says_what_the_summary_says(run: Path, capsys: Capture) -> None:
     evaluation = read_json(run / "summary.json")["evaluation"]
-    assert call("evaluate", str(run), "--json") == 0
+    assert call("evaluate", str(run), "--json", "--sequential") == 0
     assert json.loads(capsys.readouterr().out) == evaluation
     assert call("evaluate", str(run)) == 0
     table = capsys.readouterr().out
+    assert re.search(r"27 rows, [0-9.e+]+ a second, 9 adapters in mixed batches", table)
     for client in ("client-0", "client-1", "client-2"):
         assert client in table
         for kind in ("base", "global", "personal"):

@@ -129,7 +129,7 @@ def test_it_trains_scores_and_publishes(method: str, llama: str, words: str, tmp
     base, after = (sum(s["loss"] for s in summary["evaluation"][which].values()) for which in ("base", "global"))
     assert after < base
     assert set(personal_states(tmp_path)) == set(run.client_names)
-    scores = evaluate_run(tmp_path)
+    scores = evaluate_run(tmp_path, sequential=True)
     for which in ("base", "global", "personal"):
         for client, score in summary["evaluation"][which].items():
             assert scores[which][client]["loss"] == pytest.approx(score["loss"], rel=1e-5)
