@@ -41,6 +41,10 @@ class StoreError(FedsbError):
     """A run folder or adapter store that lacks what was asked for."""
 
 
+class RequestError(FedsbError):
+    """A request to the serving engine that it cannot take."""
+
+
 class DiskError(FedsbError):
     """The disk refused a write: full, read-only or forbidden."""
 

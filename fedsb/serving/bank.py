@@ -10,9 +10,11 @@ slot of its group, so that loading is one copy and unloading gives the memory ba
 
 import functools
 import mmap
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal, TypeAlias
 
 import torch
@@ -63,6 +65,21 @@ class Group:
     def __post_init__(self) -> None:
         self.views = {layer: {part: self.pool.view(layer, part) for part in parts} for layer, parts in self.pool.shapes.items()}
         self.free = list(range(self.pool.capacity - 1, 0, -1))
+
+
+@dataclass(frozen=True)
+class Use:
+    """What rows of a batch use.
+
+    Attributes:
+        take: which rows (k,), or None for all of them, in order; of a packed batch which tokens (k, L): k sequences of L tokens,
+            each with its own adapter.
+        slots: (k,) where the adapters are; 0 is none.
+    """
+
+    group: Group
+    take: Tensor | None
+    slots: Tensor
 
 
 class Pool:
@@ -121,8 +138,10 @@ class Bank:
         self.capacity, self.dtype, self.device = capacity, dtype, torch.device(device)
         self.groups: list[Group] = []
         self._keys: dict[object, int] = {}
-        self.batch: list[tuple[Group, Tensor | None, Tensor]] = []  # group, its rows (None: all), their slots
-        self.rows = 0  # of the batch; 0: none was said
+        self._lock = threading.Lock()  # adapters may come and go while others are used
+        self.batch: list[Use] = []
+        self.rows = 0  # of the batch; 0: none was said, or it is packed
+        self.packed = False
 
     def add(self, adapter: StoredAdapter, basis: Basis) -> Place:
         """Load an adapter. Raises AdapterError if it has none of the bank's forms (`form_of` says why), or has another basis;
@@ -130,50 +149,75 @@ class Bank:
         form, shared, factors = _formed(adapter, basis)
         shapes: Shapes = {layer: {part: tuple(t.shape) for part, t in parts.items()} for layer, parts in factors.items()}
         key = (form, basis.fingerprint if shared else "", tuple((n, *sorted(p.items())) for n, p in shapes.items()))
+        flat = {layer: {part: t.to(self.dtype) for part, t in parts.items()} for layer, parts in factors.items()}
+        with self._lock:
+            return self._put(key, form, shared, shapes, flat)
+
+    def _put(self, key: object, form: Form, shared: dict[str, Shared], shapes: Shapes, factors: Factors) -> Place:
         if key not in self._keys:
             held = {name: Shared(each.B.to(self.device), each.A.to(self.device)) for name, each in shared.items()}
-            self._keys[key] = len(self.groups)
             self.groups.append(Group(form, held, Pool(shapes, self.capacity, self.dtype, self.device)))
+            self._keys[key] = len(self.groups) - 1
         number = self._keys[key]
         group = self.groups[number]
         if not group.free:
             raise StoreError(f"{self.capacity - 1} adapters of this form are loaded already; unload one, or make the bank larger")
         slot = group.free.pop()
-        group.pool.write(slot, {layer: {part: t.to(self.dtype) for part, t in parts.items()} for layer, parts in factors.items()})
+        group.pool.write(slot, factors)
         return Place(number, slot)
 
     def remove(self, place: Place) -> None:
         """Unload an adapter; no row may use it any more."""
         group = self.groups[place.group]
-        group.pool.clear(place.slot)
-        group.free.append(place.slot)
+        with self._lock:
+            group.pool.clear(place.slot)
+            group.free.append(place.slot)
 
     @contextmanager
     def using(self, places: Sequence[Place | None]) -> Iterator[None]:
         """While open, row i of a batch uses the adapter at places[i]; None is the base model."""
-        before = self.batch, self.rows
-        self.batch, self.rows = self._grouped(places), len(places)
+        before = self.batch, self.rows, self.packed
+        chosen = list(range(len(places)))
+        self.batch = [Use(*parts) for parts in self._grouped(chosen, places)]
+        self.rows, self.packed = len(places), False
         try:
             yield
         finally:
-            self.batch, self.rows = before
+            self.batch, self.rows, self.packed = before
 
-    def _grouped(self, places: Sequence[Place | None]) -> list[tuple[Group, Tensor | None, Tensor]]:
+    def pack(self, places: Sequence[Place | None], lengths: Sequence[int]) -> None:
+        """From now on a batch is one row of sequences one after another, of these lengths, the i-th with the one at places[i].
+
+        Sequences of one length go through together, so that each adapter is read once for a sequence and not for each token.
+        """
+        starts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
+        self.batch, self.rows, self.packed = [], 0, True
+        for length in sorted(set(lengths)):
+            chosen = [i for i, each in enumerate(lengths) if each == length]
+            alone = len(chosen) == len(lengths) and length == 1  # a step in which everybody gets one token
+            begins = torch.tensor([starts[i] for i in chosen], device=self.device)
+            for group, rows, slots in self._grouped(chosen, places):
+                some = begins if rows is None else begins[rows]
+                take = some[:, None] + torch.arange(length, device=self.device)
+                self.batch.append(Use(group, None if alone and rows is None else take, slots))
+
+    def _grouped(self, chosen: Sequence[int], places: Sequence[Place | None]) -> list[tuple[Group, Tensor | None, Tensor]]:
+        """Of some rows: group, which of them are its (None: all), and their slots."""
         rows: dict[int, list[int]] = {}
-        for row, place in enumerate(places):
-            if place is not None:
+        for row, i in enumerate(chosen):
+            if place := places[i]:
                 rows.setdefault(place.group, []).append(row)
         if len(rows) == 1:  # rows of the base model go along, in slot 0
             (number,) = rows
-            slots = torch.tensor([0 if place is None else place.slot for place in places], device=self.device)
+            slots = torch.tensor([place.slot if (place := places[i]) else 0 for i in chosen], device=self.device)
             return [(self.groups[number], None, slots)]
         return [
             (
                 self.groups[number],
-                torch.tensor(chosen, device=self.device),
-                torch.tensor([place.slot for row in chosen if (place := places[row])], device=self.device),
+                torch.tensor(held, device=self.device),
+                torch.tensor([place.slot for row in held if (place := places[chosen[row]])], device=self.device),
             )
-            for number, chosen in rows.items()
+            for number, held in rows.items()
         ]
 
 

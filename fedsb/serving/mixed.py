@@ -11,7 +11,7 @@ from torch.nn import functional
 from fedsb.adapters.flora import batched
 from fedsb.errors import AdapterError
 from fedsb.models import HEADS
-from fedsb.serving.bank import HEAD, Bank, Group
+from fedsb.serving.bank import HEAD, Bank, Group, Use
 
 
 class MixedLinear(nn.Module):
@@ -22,18 +22,25 @@ class MixedLinear(nn.Module):
         self.base, self.name, self.bank = base, name, bank
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (n, …, in) → (n, …, out). Raises ValueError if x has other rows than the batch."""
+        """x (n, …, in) → (n, …, out); packed (1, T, in) → (1, T, out). Raises ValueError if x has other rows than the batch."""
         y: Tensor = self.base(x)
         if self.bank.rows not in (0, len(x)):
             raise ValueError(f"layer {self.name} got {len(x)} rows in a batch of {self.bank.rows}; it must see row by row")
-        for group, rows, slots in self.bank.batch:
-            if self.name not in group.views:
-                continue
-            if rows is None:
-                y = y + self._added(x, group, slots)
-            else:
-                y = y.index_add(0, rows, self._added(x[rows], group, slots))
+        for use in self.bank.batch:
+            if self.name in use.group.views:
+                y = self._packed(x, y, use) if self.bank.packed else self._by_row(x, y, use)
         return y
+
+    def _by_row(self, x: Tensor, y: Tensor, use: Use) -> Tensor:
+        if use.take is None:
+            return y + self._added(x, use.group, use.slots)
+        return y.index_add(0, use.take, self._added(x[use.take], use.group, use.slots))
+
+    def _packed(self, x: Tensor, y: Tensor, use: Use) -> Tensor:
+        if use.take is None:  # one token of each sequence
+            return y + self._added(x.transpose(0, 1), use.group, use.slots).transpose(0, 1)
+        added = self._added(x[0, use.take], use.group, use.slots)  # (k, L, out)
+        return y.index_add(1, use.take.flatten(), added.flatten(0, 1)[None])
 
     def _added(self, x: Tensor, group: Group, slots: Tensor) -> Tensor:
         parts = group.views[self.name]
@@ -54,19 +61,18 @@ class MixedHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (n, …, d) → logits (n, …, classes)."""
         y: Tensor = self.base(x)
-        for group, rows, slots in self.bank.batch:
-            if HEAD + self.name not in group.views:
+        for use in self.bank.batch:
+            if HEAD + self.name not in use.group.views:
                 continue
-            parts = group.views[HEAD + self.name]
-            weight, bias = parts["weight"][slots], parts["bias"][slots]
-            h = (x if rows is None else x[rows]).to(weight.dtype)
+            parts = use.group.views[HEAD + self.name]
+            weight, bias = parts["weight"][use.slots], parts["bias"][use.slots]
+            h = (x if use.take is None else x[use.take]).to(weight.dtype)
             own = torch.bmm(h.reshape(len(h), -1, h.shape[-1]), weight.mT) + bias[:, None]
             own = own.view(*h.shape[:-1], -1).to(y.dtype)
-            held = slots > 0
-            if rows is None:
-                y = torch.where(held.view(-1, *[1] * (y.ndim - 1)), own, y)
+            if use.take is None:
+                y = torch.where((use.slots > 0).view(-1, *[1] * (y.ndim - 1)), own, y)
             else:
-                y = y.index_copy(0, rows, own)
+                y = y.index_copy(0, use.take, own)
         return y
 
 
