@@ -136,6 +136,7 @@ class Bank:
 
     def __init__(self, capacity: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
         self.capacity, self.dtype, self.device = capacity, dtype, torch.device(device)
+        self.layers: dict[str, tuple[int, int]] = {}  # layer → (out, in) of the model that uses it; filled in by `mixed.mix`
         self.groups: list[Group] = []
         self._keys: dict[object, int] = {}
         self._lock = threading.Lock()  # adapters may come and go while others are used
@@ -144,9 +145,13 @@ class Bank:
         self.packed = False
 
     def add(self, adapter: StoredAdapter, basis: Basis) -> Place:
-        """Load an adapter. Raises AdapterError if it has none of the bank's forms (`form_of` says why), or has another basis;
-        StoreError if its group is full."""
+        """Load an adapter. Raises AdapterError if it has none of the bank's forms (`form_of` says why), another basis, or layers
+        that the model does not have; StoreError if its group is full."""
         form, shared, factors = _formed(adapter, basis)
+        for layer, sides in _sides(shared, factors).items():
+            if self.layers and self.layers.get(layer) != sides:
+                has = "does not have" if layer not in self.layers else f"has with {self.layers[layer]} and not {sides}"
+                raise AdapterError(f"the adapter of {adapter.manifest.client} is for a layer {layer}, which this model {has}")
         shapes: Shapes = {layer: {part: tuple(t.shape) for part, t in parts.items()} for layer, parts in factors.items()}
         key = (form, basis.fingerprint if shared else "", tuple((n, *sorted(p.items())) for n, p in shapes.items()))
         flat = {layer: {part: t.to(self.dtype) for part, t in parts.items()} for layer, parts in factors.items()}
@@ -228,6 +233,12 @@ def form_of(method: str) -> Form | None:
     if says.chain is None or says.output is not None or says.folds or "magnitude" in says.parts:
         return None
     return "flora" if says.multiplies else "core" if says.frames == ("B", "A") else "lora"
+
+
+def _sides(shared: dict[str, Shared], factors: Factors) -> dict[str, tuple[int, int]]:
+    """Layer → (out, in) of what an adapter goes through."""
+    found = {layer: (each.B.shape[0], each.A.shape[1]) for layer, each in shared.items()}
+    return found or {n: (p["B"].shape[0], p["A"].shape[1]) for n, p in factors.items() if not n.startswith(HEAD)}
 
 
 def _formed(adapter: StoredAdapter, basis: Basis) -> tuple[Form, dict[str, Shared], Factors]:

@@ -117,4 +117,6 @@ def mix(model: Any, bank: Bank) -> Any:
             raise AdapterError(f"{name} of {type(model).__name__} is no single linear layer; score one tenant at a time")
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, (MixedHead if headed else MixedLinear)(base, name, bank))
+        if not headed:
+            bank.layers[name] = base.out_features, base.in_features
     return model

@@ -211,6 +211,19 @@ def clients(store: Path) -> list[str]:
     return sorted(path.parent.name for path in store.glob(f"*/{CURRENT_FILE}") if SITE_NAME.fullmatch(path.parent.name))
 
 
+def has(store: Path, client: str) -> bool:
+    """Whether a store has a current adapter of a client. A name that cannot be one is not there."""
+    return SITE_NAME.fullmatch(client) is not None and (store / client / CURRENT_FILE).is_file()
+
+
+def current(store: Path, client: str) -> int:
+    """Number of a client's current version. Raises StoreError if there is none."""
+    folder = _folder(store, client)
+    if not (folder / CURRENT_FILE).exists():
+        raise _unknown(store, client)
+    return _current(folder)
+
+
 def versions(store: Path, client: str) -> list[int]:
     """Numbers of a client's published versions, ascending. Raises StoreError for a client that the store lacks."""
     folder = _folder(store, client)

@@ -1,0 +1,157 @@
+"""Tenants by name: whose adapters there are in stores; loaded when first asked for, in their newest version, and kept while they
+are used. A request keeps the version that it began with."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from fedsb.basis.frames import Basis
+from fedsb.errors import AdapterError, FedsbError, StoreError
+from fedsb.serving.bank import Bank, Place
+from fedsb.store import adapters
+from fedsb.store.basis_files import load_basis
+
+BASES = 8  # of runs, kept at hand
+
+
+@dataclass
+class _Held:
+    """A version in the bank: where, how many requests use it, and whether a newer one or an unloading has taken its place."""
+
+    version: int
+    place: Place
+    users: int = 0
+    stale: bool = False
+
+
+@dataclass(frozen=True)
+class Lease:
+    """One request's right to a version of an adapter; `Tenants.give_back` ends it."""
+
+    name: str
+    version: int
+    place: Place
+    held: _Held
+
+
+class Tenants:
+    """What a server can serve. Safe to use from several threads.
+
+    Args:
+        stores: adapter stores (a run's folder, or its `adapters`), whose bases lie beside them; of a name that several have the
+            first store's counts.
+        model: SHA-256 of the base model.
+        bank: where adapters are held; when it is full, those go that were used longest ago and are not in use.
+    """
+
+    def __init__(self, stores: Sequence[Path], model: str, bank: Bank) -> None:
+        self.stores = [store / "adapters" if (store / "adapters").is_dir() else store for store in stores]
+        self.model, self.bank = model, bank
+        self._held: OrderedDict[str, _Held] = OrderedDict()  # used longest ago first
+        self._hidden: set[str] = set()
+        self._lock = threading.RLock()
+        self._basis = lru_cache(maxsize=BASES)(load_basis)
+
+    def names(self) -> list[str]:
+        """Of all tenants that can be asked for, sorted. Raises StoreError if a store is gone."""
+        return sorted({name for store in self.stores for name in adapters.clients(store)} - self._hidden)
+
+    @property
+    def loaded(self) -> int:
+        """Adapters that lie in the bank."""
+        return len(self._held)
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a tenant; a name that is none is simply not there."""
+        return name not in self._hidden and self._store(name) is not None
+
+    def take(self, name: str) -> Lease:
+        """The newest version of a tenant's adapter, loaded if it is not yet, for one request.
+
+        Raises StoreError if there is no such tenant, or no room for one more because all are in use; AdapterError or BasisError
+        if its files cannot be used with this model. Then whatever was loaded stays.
+        """
+        with self._lock:
+            store = self._store(name)
+            if store is None or name in self._hidden:
+                raise StoreError(f"there is no adapter of {name}; `fedsb serve` has those of its stores")
+            version = adapters.current(store, name)
+            held = self._held.get(name)
+            if held is None or held.version != version:
+                held = self._load(store, name, version)
+            self._held.move_to_end(name)
+            held.users += 1
+            return Lease(name, held.version, held.place, held)
+
+    def give_back(self, lease: Lease) -> None:
+        """End a lease; what was stale and is used no more goes."""
+        with self._lock:
+            lease.held.users -= 1
+            if lease.held.stale and not lease.held.users:
+                self.bank.remove(lease.held.place)
+
+    def load(self, name: str) -> int:
+        """Have a tenant's newest adapter at hand, also one that was unloaded; returns its version. Raises as `take`."""
+        with self._lock:
+            hidden = name in self._hidden
+            self._hidden.discard(name)
+            try:
+                lease = self.take(name)
+            except FedsbError:
+                if hidden:
+                    self._hidden.add(name)
+                raise
+            self.give_back(lease)
+            return lease.version
+
+    def unload(self, name: str) -> bool:
+        """Let a tenant be asked for no more until it is loaded again; requests that have it go on. False: it is not there."""
+        with self._lock:
+            if not self.has(name):
+                return False
+            self._hidden.add(name)
+            self._retire(name)
+            return True
+
+    def _store(self, name: str) -> Path | None:
+        return next((store for store in self.stores if adapters.has(store, name)), None)
+
+    def _load(self, store: Path, name: str, version: int) -> _Held:
+        stored = adapters.load(store, name, version)
+        self._check(stored)
+        basis = self._basis(store.parent, stored.manifest.basis_fingerprint)
+        place = self._put(stored, basis)
+        self._retire(name)
+        self._held[name] = _Held(version, place)
+        return self._held[name]
+
+    def _put(self, stored: adapters.StoredAdapter, basis: Basis) -> Place:
+        while True:
+            try:
+                return self.bank.add(stored, basis)
+            except StoreError:
+                idle = next((name for name, held in self._held.items() if not held.users), None)
+                if idle is None:
+                    raise
+                self._retire(idle)
+
+    def _retire(self, name: str) -> None:
+        held = self._held.pop(name, None)
+        if held is None:
+            return
+        held.stale = True
+        if not held.users:
+            self.bank.remove(held.place)
+
+    def _check(self, stored: adapters.StoredAdapter) -> None:
+        manifest = stored.manifest
+        if manifest.base_model.sha256 != self.model:
+            raise AdapterError(
+                f"the adapter of {manifest.client} was trained on {manifest.base_model.name} "
+                f"({manifest.base_model.sha256[:12]}), and this server has another model ({self.model[:12]})"
+            )
+        if stored.head:
+            raise AdapterError(f"the adapter of {manifest.client} has a classification head, and this server generates text")
