@@ -43,6 +43,7 @@ COMMANDS = {
     "trainer": "trainer",
     "supernode": "supernode",
     "metrics": "metrics",
+    "serve": "serve",
 }  # command → its file in fedsb/cli
 
 

@@ -1,0 +1,110 @@
+"""`fedsb serve`: adapters of many tenants behind one model, by OpenAI's HTTP interface."""
+
+import ipaddress
+import logging
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+import uvicorn
+
+from fedsb.errors import ConfigError, DeployError
+from fedsb.models import device_of, load_model, load_tokenizer, locate
+from fedsb.sections import ModelSection
+from fedsb.serving.bank import Bank
+from fedsb.serving.engine import Engine, Limits
+from fedsb.serving.http.app import build
+from fedsb.serving.http.keys import Keys, load_keys
+from fedsb.serving.http.service import Bounds, Service
+from fedsb.serving.mixed import mix
+from fedsb.serving.tenants import Tenants
+from server.run_folder import CONFIG, load_run
+
+PORT = 8000
+WIDTHS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def serve(
+    stores: Annotated[list[Path], typer.Argument(help="folders of runs, or their adapters, whose adapters are served")],
+    model: Annotated[str | None, typer.Option(help="base model, as model.source; by default that of the first run")] = None,
+    name: Annotated[str | None, typer.Option(help="the base model for clients; by default the last part of --model")] = None,
+    dtype: Annotated[str, typer.Option(help="dtype of the base model: auto, bf16 or fp32")] = "auto",
+    adapter_dtype: Annotated[str, typer.Option(help="dtype in which adapters are held: fp32 or bf16")] = "fp32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps")] = "auto",
+    host: Annotated[str, typer.Option(help="address to listen on; another than the loopback takes --keys")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0 takes a free one")] = PORT,
+    keys: Annotated[Path | None, typer.Option(help="TOML file of keys (docs/operations.md); without it all may ask")] = None,
+    capacity: Annotated[int, typer.Option(min=2, help="adapters in memory at the most")] = 10_000,
+    requests: Annotated[int, typer.Option(min=1, help="requests answered at one time")] = 64,
+    waiting: Annotated[int, typer.Option(min=0, help="requests that may wait besides; more are answered 503")] = 256,
+    cache_tokens: Annotated[int, typer.Option(min=64, help="tokens of all running requests together")] = 16384,
+    step_tokens: Annotated[int, typer.Option(min=16, help="tokens of one step; a longer prompt takes several")] = 512,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="tokens of an answer at the most")] = 1024,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 leaves torch's choice")] = 0,
+) -> None:
+    """Serve stores' adapters and their base model until stopped; `model` in a request is a tenant's name."""
+    for option, value, known in (("--dtype", dtype, ("auto", *WIDTHS)), ("--adapter-dtype", adapter_dtype, tuple(WIDTHS))):
+        if value not in known:
+            raise ConfigError(f"{option} {value}: is none of {', '.join(known)}; choose one")
+    known_keys = load_keys(keys) if keys else Keys([])
+    if not known_keys.needed and not _is_loopback(host):
+        raise ConfigError(f"--host {host}: whoever reaches it could ask every tenant; give --keys, or listen on 127.0.0.1")
+    for store in stores:
+        if not store.is_dir():
+            raise ConfigError(f"{store}: there is no such folder; name the folder of a run, or its adapters")
+    if threads:
+        torch.set_num_threads(threads)
+    source = locate(_model_of(stores, model))
+    told: Literal["auto", "bf16", "fp32"] = dtype  # type: ignore[assignment]
+    place = device_of(device)
+    bank = Bank(capacity + 1, WIDTHS[adapter_dtype], place)
+    section = ModelSection.model_validate({"source": source.name, "dtype": told})
+    base, tokenizer = load_model(source, section, None, place), load_tokenizer(source)
+    tenants = Tenants(stores, source.sha256, bank)
+    tenants.names()  # so that a folder that is no store is told now
+    engine = Engine(mix(base, bank), bank, Limits(requests, step_tokens, cache_tokens, waiting))
+    called = name or Path(source.name).name
+    service = Service(called, tokenizer, engine, tenants, known_keys, Bounds(answer=answer_tokens))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    server = _Server(
+        uvicorn.Config(build(service), host=host, port=port, log_level="warning", ws="none"), called, len(tenants.names())
+    )
+    try:
+        server.run()
+    except SystemExit:
+        raise DeployError(f"cannot listen on {host}, port {port}; choose another --host or --port") from None
+    finally:
+        engine.close()
+
+
+class _Server(uvicorn.Server):
+    """Says where it listens once it does."""
+
+    def __init__(self, config: uvicorn.Config, called: str, tenants: int) -> None:
+        super().__init__(config)
+        self._says = f"{called} and {tenants} tenants"
+
+    async def startup(self, sockets: object = None) -> None:
+        """As uvicorn's."""
+        await super().startup(sockets)  # type: ignore[arg-type]
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            print(f"serving {self._says} on http://{host}:{port}/v1", flush=True)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _model_of(stores: list[Path], model: str | None) -> str:
+    if model is not None:
+        return model
+    for run in (stores[0], stores[0].parent):
+        if (run / CONFIG).exists():
+            return load_run(run).model.source
+    raise ConfigError(f"{stores[0]}: does not say what model its adapters are for; give --model")

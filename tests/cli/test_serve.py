@@ -1,0 +1,52 @@
+"""`fedsb serve` as a command: it says where it listens, answers, ends when told, and refuses what cannot be."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.cli.front_door import complaint
+from tests.federation.tiny import config_of, federate, save_model, save_task, table
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("serve")
+    source, task = save_model(folder / "model"), save_task(folder / "task")
+    federate(config_of(table(source, task, federation={"clients": 2, "rounds": 1})), folder / "run")
+    return folder / "run"
+
+
+def test_it_serves_until_it_is_told_to_end(run: Path) -> None:
+    command = [sys.executable, "-m", "fedsb.cli.main", "serve", str(run), "--port", "0", "--threads", "1", "--name", "tiny"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.fullmatch(r"serving tiny and 2 tenants on (http://127\.0\.0\.1:\d+/v1)\n", line)
+        assert found, line
+        names = [model["id"] for model in httpx.get(f"{found[1]}/models").json()["data"]]
+        assert names == ["tiny", "client-0", "client-1"]
+        body = {"model": "client-1", "prompt": "red green", "max_tokens": 3, "temperature": 0}
+        assert httpx.post(f"{found[1]}/completions", json=body, timeout=60).json()["usage"]["completion_tokens"] == 3
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) in (0, -signal.SIGTERM)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_what_cannot_be_served(run: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert "there is no such folder; name the folder of a run" in complaint(capsys, "serve", str(tmp_path / "nothing"))
+    assert "give --keys, or listen on 127.0.0.1" in complaint(capsys, "serve", str(run), "--host", "0.0.0.0")
+    assert "--dtype fp8: is none of auto, fp32, bf16" in complaint(capsys, "serve", str(run), "--dtype", "fp8")
+    assert "cannot be read" in complaint(capsys, "serve", str(run), "--keys", str(tmp_path / "keys.toml"))
+    assert "does not say what model its adapters are for; give --model" in complaint(capsys, "serve", str(tmp_path))
