@@ -148,7 +148,7 @@ def test_what_it_publishes_has_its_own_rank_and_scores_alike(llama: str, words: 
         stored = adapters.load(tmp_path / "adapters", client)
         assert stored.manifest.rank == run.rank_of(client)
         assert {t.shape for t in personal_states(tmp_path)[client].values()} == {torch.Size([stored.manifest.rank] * 2)}
-    scores = evaluate_run(tmp_path)
+    scores = evaluate_run(tmp_path, sequential=True)
     for which in ("base", "global", "personal"):
         for client, score in summary["evaluation"][which].items():
             assert scores[which][client]["loss"] == pytest.approx(score["loss"], rel=1e-5)
@@ -262,7 +262,7 @@ def test_a_step_moves_its_block_alone_whatever_momentum_there_is(rank: int, llam
 def test_what_is_kept_is_what_is_published_under_privacy_too(llama: str, words: str, tmp_path: Path) -> None:
     """Noise beyond a client's rank would be in its own scores and not in its adapter."""
     run = config(llama, words, privacy={"unit": "record", "epsilon": 8.0, "scores": "plain"}, federation={"weighting": "uniform"})
-    summary, again = federate(run, tmp_path), evaluate_run(tmp_path)
+    summary, again = federate(run, tmp_path), evaluate_run(tmp_path, sequential=True)
     for client, score in summary["evaluation"]["personal"].items():
         assert again["personal"][client]["loss"] == pytest.approx(score["loss"], rel=1e-5)
 

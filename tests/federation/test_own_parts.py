@@ -176,10 +176,10 @@ def test_killed_in_the_middle_of_a_round_it_ends_with_the_same_bits(run: RunConf
 
 def test_a_client_without_a_b_is_the_base_model(run: RunConfig, tmp_path: Path) -> None:
     federate(run, tmp_path)
-    scores = evaluate_run(tmp_path)
+    scores = evaluate_run(tmp_path, sequential=True)
     assert scores["global"]["client-1"] != scores["base"]["client-1"]
     shutil.rmtree(next((tmp_path / "sites" / "client-1").glob("own-*")))
-    after = evaluate_run(tmp_path)
+    after = evaluate_run(tmp_path, sequential=True)
     assert after["global"]["client-1"]["loss"] == pytest.approx(after["base"]["client-1"]["loss"], rel=1e-6)
     assert after["global"]["client-0"] == scores["global"]["client-0"]
 
@@ -198,7 +198,7 @@ def test_sites_at_other_places_are_scored_by_themselves(run: RunConfig, tmp_path
     federate(run, tmp_path)
     shutil.rmtree(tmp_path / "sites")
     with pytest.raises(StoreError, match="with adapter.method = fedsa-lora its sites keep parts of the model themselves"):
-        evaluate_run(tmp_path)
+        evaluate_run(tmp_path, sequential=True)
 
 
 def test_a_b_that_training_cannot_have_made_is_refused(run: RunConfig, tmp_path: Path) -> None:
