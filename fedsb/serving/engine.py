@@ -18,6 +18,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from fedsb.errors import RequestError
 from fedsb.serving.bank import Bank, Place
 
+PAGE = 16  # tokens of a block of the cache
 Reason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -28,7 +29,7 @@ class Limits:
     Attributes:
         requests: in one step at the most; others wait.
         step_tokens: of one step; a longer prompt takes several.
-        cache_tokens: of all requests that run, prompts and answers.
+        cache_tokens: of all requests that run, prompts and answers; rounded down to whole blocks of 16.
         waiting: requests that may wait.
     """
 
@@ -79,6 +80,7 @@ class Output:
 
 @dataclass
 class _Request:
+    name: str
     sampling: Sampling
     place: Place | None
     deliver: Callable[[Output], None]
@@ -99,12 +101,11 @@ class Engine:
         self._requests: dict[str, _Request] = {}
         self._lock, self._numbers = threading.Lock(), itertools.count()
         self._step: list[_Request] = []  # who gets a token in this step, in order
-        page = 16
         self._manager = model.init_continuous_batching(
             GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1),
             ContinuousBatchingConfig(
-                page_size=page,
-                num_blocks=self.limits.cache_tokens // page,
+                page_size=PAGE,
+                num_blocks=self.limits.cache_tokens // PAGE,
                 max_batch_tokens=self.limits.step_tokens,
                 max_requests_per_batch=min(self.limits.requests, self.limits.step_tokens),
                 allow_block_sharing=False,
@@ -131,8 +132,8 @@ class Engine:
     @property
     def longest(self) -> int:
         """Tokens that a request may have, prompt and answer."""
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return min(self.limits.cache_tokens, positions or self.limits.cache_tokens)
+        room = self.limits.cache_tokens // PAGE * PAGE
+        return min(room, getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or room)
 
     def submit(self, prompt: Sequence[int], sampling: Sampling, place: Place | None, deliver: Callable[[Output], None]) -> str:
         """Begin to answer; returns the request's name, for `cancel`.
@@ -159,10 +160,12 @@ class Engine:
             if len(self._requests) >= self.limits.requests + self.limits.waiting:
                 raise RequestError(f"{len(self._requests)} requests are at work or waiting already; try again later")
             name = f"request-{next(self._numbers)}"
-            self._requests[name] = _Request(sampling, place, deliver, generator)
+            self._requests[name] = _Request(name, sampling, place, deliver, generator)
         self._manager.add_request(
             list(prompt), name, max_new_tokens=sampling.max_tokens, streaming=True, eos_token_id=list(sampling.ends) or -1
         )
+        if not self.alive:  # it has ended since, and nobody would tell
+            self._over(name, Output((), "error", "the engine has ended"))
         return name
 
     def cancel(self, name: str) -> None:
@@ -200,9 +203,12 @@ class Engine:
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
         """scores (1, n, V) fp32 → the first of output_ids (1, ·): a token for each request of the step."""
         rows = scores[0, : len(self._step)]
-        tokens = rows.argmax(-1)
-        for i, request in enumerate(self._step):
-            if request.sampling.temperature > 0:
+        tokens, sound = rows.argmax(-1), rows.isfinite().any(-1) & ~rows.isnan().any(-1)
+        for i, (request, well) in enumerate(zip(self._step, sound.tolist(), strict=True)):
+            if not well:  # of this request alone: the others go on
+                self._manager.cancel_request(request.name)
+                self._over(request.name, Output((), "error", "the model's numbers overflow with this adapter"))
+            elif request.sampling.temperature > 0:
                 tokens[i] = _drawn(rows[i], request.sampling, request.generator)
         output_ids[0, : len(tokens)] = tokens
         for row, token, request in zip(rows, tokens.tolist(), self._step, strict=True):
@@ -249,7 +255,7 @@ class _Router:
 
 def _drawn(scores: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
     """A token from scores (V,), as temperature and top_p say."""
-    probabilities = torch.softmax(scores / sampling.temperature, -1)
+    probabilities = torch.softmax((scores - scores.max()) / sampling.temperature, -1)  # no temperature is too low
     if sampling.top_p < 1:
         sorted_, order = probabilities.sort(descending=True)
         beyond = sorted_.cumsum(-1) - sorted_ >= sampling.top_p  # the first of those that reach it stays

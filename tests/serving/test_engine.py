@@ -1,5 +1,6 @@
 """The engine: each request gets what its tenant alone would say, whatever runs beside it; what it relies on in transformers."""
 
+import dataclasses
 import inspect
 import threading
 import time
@@ -226,6 +227,39 @@ def test_too_many_requests_are_refused_and_the_rest_is_answered() -> None:
         assert served.ask([5, 6], 1).wait().reason == "length"
     finally:
         served.engine.close()
+
+
+def test_a_request_as_long_as_the_cache_is_answered_and_no_longer_one_is_taken() -> None:
+    served = Served(Limits(requests=2, step_tokens=16, cache_tokens=100, waiting=3))
+    try:
+        assert served.engine.longest == 96  # whole blocks
+        with pytest.raises(RequestError, match="do not fit into 96"):
+            served.ask([5] * 80, 1, 17)
+        answer = served.ask([5] * 80, 1, 16)
+        assert answer.wait().reason == "length" and answer.tokens == served.alone([5] * 80, 1, 16)
+    finally:
+        served.engine.close()
+
+
+def test_no_temperature_ends_the_engine(served: Served) -> None:
+    for temperature in (1e-45, 1e-10, 100.0):
+        answer = served.ask([5, 6, 7], 1, 4, temperature=temperature, seed=0)
+        assert answer.wait().reason == "length"
+        if temperature < 1:
+            assert answer.tokens == served.alone([5, 6, 7], 1, 4)
+
+
+def test_an_adapter_that_overflows_ends_its_own_request_alone(served: Served) -> None:
+    stored = adapter("lora", served.none, 50)
+    huge = dataclasses.replace(stored, state={name: 1e30 * tensor for name, tensor in stored.state.items()})
+    place = served.bank.add(huge, served.none)
+    before = served.ask([5, 6], 1, 20)
+    before.wait()
+    for temperature in (0.0, 1.0):
+        served.engine.submit([5, 6], Sampling(8, temperature), place, answer := Answer())
+        assert answer.wait().reason == "error" and "overflow" in str(answer.outputs[-1].error)
+    after = served.ask([5, 6], 1, 20)
+    assert after.wait().reason == "length" and after.tokens == before.tokens and served.engine.alive
 
 
 def test_an_error_of_the_model_reaches_everybody_and_ends_the_engine(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
