@@ -19,6 +19,7 @@ from clients.policy import Policy
 from clients.session import Session, Site
 from fedsb.config import RunConfig
 from fedsb.data.examples import Example
+from fedsb.data.fingerprint import heard
 from fedsb.errors import BudgetError, LedgerError
 from fedsb.privacy.mechanism import Mechanism, delta_of, mechanism_of
 from fedsb.store.ledger import NAME, Entry, Ledger, now, spent
@@ -154,13 +155,8 @@ class Budget:
 
 def fingerprint(examples: Sequence[Example]) -> str:
     """SHA-256 over examples, whatever their order."""
-    lines = sorted(json.dumps([e.task, e.prompt, e.completion, e.label, *_heard(e)]) for e in examples)
+    lines = sorted(json.dumps([e.task, e.prompt, e.completion, e.label, *heard(e)]) for e in examples)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _heard(example: Example) -> list[str]:
-    """Of a recording what is in it, since its file's name says nothing of that."""
-    return [example.speech.sha256()] if example.speech else []
 
 
 def _forget(folder: Path) -> None:

@@ -5,7 +5,6 @@ goes on without this site. What is not named in the file is not limited.
 """
 
 import re
-import tomllib
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated
@@ -14,9 +13,9 @@ from pydantic import Field
 
 from fedsb.abilities import PROMPTING
 from fedsb.config import RunConfig
-from fedsb.errors import ConfigError, PolicyError
+from fedsb.errors import PolicyError
 from fedsb.sections import PositiveFloat, PositiveInt, Section
-from fedsb.validation import validated
+from fedsb.validation import read_toml, validated
 
 Names = Annotated[tuple[str, ...] | None, Field(strict=False)]
 
@@ -108,12 +107,7 @@ def template() -> str:
 
 def load_policy(path: Path) -> Policy:
     """Read a site's policy. Raises ConfigError with the key, the file and what to do."""
-    try:
-        table = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: the site's policy cannot be read ({error}); without one nothing is answered") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: is not valid TOML ({error}); mend that line") from None
+    table = read_toml(path, str(path), "without the site's policy nothing is answered")
     return validated(Policy, table, str(path), "docs/operations.md")
 
 

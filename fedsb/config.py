@@ -5,7 +5,6 @@ Defaults live in `sections.py` and nowhere else. A file in `configs/` holds only
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import tomli_w
 from fedsb.abilities import BASES, HEADED, HEADS, IN_TURN
 from fedsb.errors import ConfigError
 from fedsb.settings import Settings
-from fedsb.validation import set_key, validated
+from fedsb.validation import read_toml, set_key, validated
 
 
 class RunConfig(Settings):
@@ -80,14 +79,9 @@ class RunConfig(Settings):
 
 def read_table(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a TOML file and apply `section.key=value` overrides, whose values are TOML or plain words. Raises ConfigError."""
-    try:
-        table = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such configuration file; `ls configs` shows the ones that come along") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); name a readable TOML file") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: is not valid TOML ({error}); mend that line") from None
+    if not path.exists():
+        raise ConfigError(f"{path}: there is no such configuration file; `ls configs` shows the ones that come along")
+    table = read_toml(path, str(path))
     for override in overrides:
         set_key(table, override)
     return table

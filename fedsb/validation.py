@@ -4,6 +4,7 @@ import difflib
 import re
 import tomllib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -12,6 +13,16 @@ from fedsb.errors import ConfigError
 
 TYPE = re.compile(r"(constrained-)?(int|float|str|bool)|(literal|tuple)\[.*\]")  # in the location of a union's error
 Checked = TypeVar("Checked", bound=BaseModel)
+
+
+def read_toml(path: Path, where: str, remedy: str = "name a readable TOML file") -> dict[str, Any]:
+    """The table in a TOML file. Raises ConfigError, which begins with `where`."""
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where}: cannot be read ({error}); {remedy}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{where}: is not valid TOML ({error}); mend that line") from None
 
 
 def set_key(table: dict[str, Any], override: str) -> None:

@@ -32,7 +32,12 @@ def _lines(config: RunConfig) -> Iterator[str]:
         yield json.dumps(["public", [_fields(example) for example in public_examples(config)]])
 
 
+def heard(example: Example) -> list[str]:
+    """Of a recording what is in it, since its file's name says nothing of that."""
+    return [example.speech.sha256()] if example.speech else []
+
+
 def _fields(example: Example) -> list[str | int | None]:
-    code, speech = example.code, example.speech
+    code = example.code
     told = [example.task, example.prompt, example.completion, example.answer, example.label]
-    return told + ([code.language, code.tests, *code.stops] if code else []) + ([speech.sha256()] if speech else [])
+    return told + ([code.language, code.tests, *code.stops] if code else []) + heard(example)

@@ -31,6 +31,14 @@ Shapes: TypeAlias = dict[str, dict[str, tuple[int, ...]]]
 HEAD = "head."  # begins the names of a classification head's parameters, among the layers
 
 
+class BankFull(StoreError):
+    """A group that has no room for one more adapter. group: its number."""
+
+    def __init__(self, message: str, group: int) -> None:
+        super().__init__(message)
+        self.group = group
+
+
 @dataclass(frozen=True)
 class Place:
     """Where an adapter lies in a bank."""
@@ -146,7 +154,7 @@ class Bank:
 
     def add(self, adapter: StoredAdapter, basis: Basis) -> Place:
         """Load an adapter. Raises AdapterError if it has none of the bank's forms (`form_of` says why), another basis, or layers
-        that the model does not have; StoreError if its group is full."""
+        that the model does not have; BankFull."""
         form, shared, factors = _formed(adapter, basis)
         for layer, sides in _sides(shared, factors).items():
             if self.layers and self.layers.get(layer) != sides:
@@ -166,7 +174,9 @@ class Bank:
         number = self._keys[key]
         group = self.groups[number]
         if not group.free:
-            raise StoreError(f"{self.capacity - 1} adapters of this form are loaded already; unload one, or make the bank larger")
+            raise BankFull(
+                f"{self.capacity - 1} adapters of this form are loaded already; unload one, or make the bank larger", number
+            )
         slot = group.free.pop()
         group.pool.write(slot, factors)
         return Place(number, slot)

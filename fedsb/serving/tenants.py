@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedsb.basis.frames import Basis
 from fedsb.errors import AdapterError, FedsbError, StoreError
-from fedsb.serving.bank import Bank, Place
+from fedsb.serving.bank import Bank, BankFull, Place
 from fedsb.store import adapters
 from fedsb.store.basis_files import load_basis
 
@@ -71,8 +71,8 @@ class Tenants:
     def take(self, name: str) -> Lease:
         """The newest version of a tenant's adapter, loaded if it is not yet, for one request.
 
-        Raises StoreError if there is no such tenant, or no room for one more because all are in use; AdapterError or BasisError
-        if its files cannot be used with this model. Then whatever was loaded stays.
+        Raises StoreError if there is no such tenant, BankFull if all that are loaded are in use, AdapterError or BasisError if its
+        files cannot be used with this model. Then whatever was loaded stays.
         """
         with self._lock:
             store = self._store(name)
@@ -132,8 +132,8 @@ class Tenants:
         while True:
             try:
                 return self.bank.add(stored, basis)
-            except StoreError:
-                idle = next((name for name, held in self._held.items() if not held.users), None)
+            except BankFull as full:
+                idle = next((n for n, held in self._held.items() if not held.users and held.place.group == full.group), None)
                 if idle is None:
                     raise
                 self._retire(idle)

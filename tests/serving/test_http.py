@@ -268,6 +268,7 @@ def test_a_key_may_ask_so_often_and_not_more(locked: Running) -> None:
     [
         ({"prompt": "red"}, 400, "model: Field required"),
         ({"model": "base"}, 400, "prompt: Field required"),
+        ({"model": "base", "prompt": ""}, 400, "prompt: has no tokens; write something"),
         ({"model": "base", "prompt": "red", "temperature": -1}, 400, "temperature: "),
         ({"model": "base", "prompt": "red", "best_of": 3}, 400, "best_of: Extra inputs are not permitted"),
         ({"model": "base", "prompt": "red", "n": 1000}, 400, "n: "),
@@ -358,10 +359,10 @@ def test_health_readiness_and_figures(running: Running) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("", r"holds no \[\[key\]\] with name and sha256"),
-        ("[[key]]\nname = 'x'", "0?sha256: Field required"),
-        ("[[key]]\nname = 'x'\nsha256 = 'abc'", "sha256: String should match pattern"),
-        ("[[key]]\nname = 'x'\nsha256 = '{0}'\nmore = 1".replace("{0}", "a" * 64), "more: Extra inputs"),
+        ("", "key is missing; set it"),
+        ("[[key]]\nname = 'x'", "key.0.sha256 is missing; set it"),
+        ("[[key]]\nname = 'x'\nsha256 = 'abc'", "key.0.sha256 = 'abc' will not do: string should match pattern"),
+        ("[[key]]\nname = 'x'\nsha256 = '{0}'\nmore = 1".replace("{0}", "a" * 64), "key.0.more is not a setting"),
         (f"[[key]]\nname = 'x'\nsha256 = '{'a' * 64}'\n" * 2, "has a key twice"),
         ("[[key", "is not valid TOML"),
     ],

@@ -10,7 +10,7 @@ import torch
 from fedsb.errors import AdapterError, BasisError, StoreError
 from fedsb.models import device_of, load_model, locate
 from fedsb.sections import ModelSection
-from fedsb.serving.bank import Bank
+from fedsb.serving.bank import Bank, BankFull
 from fedsb.serving.mixed import mix
 from fedsb.serving.tenants import Tenants
 from fedsb.store import adapters
@@ -110,7 +110,7 @@ def test_unloading_hides_a_tenant_and_frees_it_when_it_is_done(shop: Shop) -> No
 def test_the_one_used_longest_ago_makes_room(shop: Shop, finished: tuple[Path, str]) -> None:
     small = Shop(shop.run, finished[1], capacity=3)  # two of them
     zero, one = small.tenants.take("client-0"), small.tenants.take("client-1")
-    with pytest.raises(StoreError, match="2 adapters of this form are loaded already"):
+    with pytest.raises(BankFull, match="2 adapters of this form are loaded already"):
         small.tenants.take("client-2")
     small.tenants.give_back(zero)
     two = small.tenants.take("client-2")

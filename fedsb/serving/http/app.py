@@ -19,6 +19,7 @@ from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
 from fedsb.errors import FedsbError, RequestError, StoreError
+from fedsb.serving.bank import BankFull
 from fedsb.serving.engine import Sampling
 from fedsb.serving.http.answers import EngineFailed, Piece, answered
 from fedsb.serving.http.guard import Guard
@@ -111,6 +112,8 @@ def build(service: Service) -> FastAPI:
     def load(asked: AdapterAsked, by: Annotated[Key, Depends(admin)]) -> PlainTextResponse:
         try:
             version = service.tenants.load(asked.lora_name)
+        except BankFull:
+            raise Refused(503, "all room for adapters is in use; try again later", "overloaded", BUSY_SECONDS) from None
         except StoreError:
             raise Refused(404, f"there is no adapter {asked.lora_name} in the server's stores", "model_not_found") from None
         except FedsbError as error:
@@ -129,8 +132,9 @@ def build(service: Service) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(asked: CompletionAsked, request: Request, by: Annotated[Key, Depends(paced)]) -> Response:
         ids = asked.prompt if isinstance(asked.prompt, list) else service.tokenizer(asked.prompt)["input_ids"]
-        if any(not 0 <= token < len(service.tokenizer) for token in ids):
-            raise Refused(400, f"prompt: holds a token that is none of the model's {len(service.tokenizer)}", "invalid_request")
+        known = len(service.tokenizer)
+        if any(not 0 <= token < known for token in ids):
+            raise Refused(400, f"prompt: holds a token that is none of the model's {known}", "invalid_request")
         return await _answer(service, by, asked, ids, asked.max_tokens, asked.logprobs, "text_completion", request)
 
     @app.post("/v1/chat/completions")
@@ -166,6 +170,8 @@ async def _answer(
     kind: Kind,
     request: Request,
 ) -> Response:
+    if not ids:
+        raise Refused(400, "prompt: has no tokens; write something", "invalid_request")
     room = service.engine.longest - len(ids)
     wanted = min(service.bounds.answer, max(room, 1)) if most is None else most
     if wanted > service.bounds.answer or wanted > room:
@@ -175,7 +181,7 @@ async def _answer(
             f"together {service.engine.longest}",
             "context_length_exceeded",
         )
-    sampling = Sampling(wanted, asked.temperature, asked.top_p, asked.seed, logprobs, (service.tokenizer.eos_token_id,))
+    sampling = Sampling(wanted, asked.temperature, asked.top_p, asked.seed, logprobs, service.ends)
     leases = await asyncio.get_running_loop().run_in_executor(None, service.leases, key, asked.model, asked.n)
     pieces = answered(service.engine, service.tenants, service.tokenizer, ids, sampling, leases, asked.stops)
     watched = _watched(service, pieces, len(ids))

@@ -4,20 +4,19 @@ import hashlib
 import hmac
 import threading
 import time
-import tomllib
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from fedsb.errors import ConfigError
+from fedsb.sections import Section
+from fedsb.validation import read_toml, validated
 
 
-class KeyEntry(BaseModel):
+class KeyEntry(Section):
     """One `[[key]]` of a key file."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     name: str = Field(min_length=1, description="for people; it is in no answer")
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="of the key: `printf %s KEY | sha256sum`")
@@ -25,6 +24,12 @@ class KeyEntry(BaseModel):
     base: bool = Field(True, description="whether it may ask the base model")
     admin: bool = Field(False, description="whether it may load and unload adapters; it asks nobody then")
     requests_per_minute: int | None = Field(None, gt=0)
+
+
+class _File(Section):
+    """A key file."""
+
+    key: list[KeyEntry] = Field(min_length=1)
 
 
 @dataclass
@@ -96,23 +101,7 @@ class Keys:
 
 def load_keys(path: Path) -> Keys:
     """Read a key file. Raises ConfigError with what is wrong and where."""
-    try:
-        table = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--keys {path}: cannot be read ({error}); name a readable TOML file") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"--keys {path}: is not valid TOML ({error}); mend that line") from None
-    entries = table.get("key")
-    if set(table) != {"key"} or not isinstance(entries, list) or not entries:
-        raise ConfigError(
-            f"--keys {path}: holds no [[key]] with name and sha256, or something else besides; see docs/operations.md"
-        )
-    try:
-        found = [KeyEntry.model_validate(entry) for entry in entries]
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"--keys {path}: {where}: {first['msg']}; mend that [[key]]") from None
-    if len({entry.sha256 for entry in found}) < len(found):
+    file = validated(_File, read_toml(path, f"--keys {path}"), f"--keys {path}", "docs/operations.md")
+    if len({entry.sha256 for entry in file.key}) < len(file.key):
         raise ConfigError(f"--keys {path}: has a key twice; give each its own")
-    return Keys(found)
+    return Keys(file.key)

@@ -9,7 +9,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.requests import Request
 
-from fedsb.errors import FedsbError, StoreError
+from fedsb.errors import FedsbError
+from fedsb.serving.bank import BankFull
 from fedsb.serving.engine import Engine
 from fedsb.serving.http.keys import Key, Keys
 from fedsb.serving.tenants import Lease, Tenants
@@ -68,6 +69,9 @@ class Service:
         self.keys, self.bounds = keys or Keys([]), bounds or Bounds()
         self.figures = Figures(engine, tenants)
         self.began = int(time.time())
+        told = getattr(engine.model.generation_config, "eos_token_id", None)
+        several = told if isinstance(told, list) else [told]  # as Llama 3 has it
+        self.ends = tuple({token for token in (tokenizer.eos_token_id, *several) if token is not None})
         self.closing = False
 
     def allowed(self, request: Request) -> Key:
@@ -91,7 +95,7 @@ class Service:
         try:
             for _ in range(count):
                 found.append(self.tenants.take(name))
-        except StoreError as error:
+        except BankFull as error:
             log.warning("%s", error)
             self._give_back(found)
             raise Refused(503, "all room for adapters is in use; try again later", "overloaded", BUSY_SECONDS) from None
