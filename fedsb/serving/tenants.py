@@ -71,8 +71,8 @@ class Tenants:
     def take(self, name: str) -> Lease:
         """The newest version of a tenant's adapter, loaded if it is not yet, for one request.
 
-        Raises StoreError if there is no such tenant, BankFull if all that are loaded are in use, AdapterError or BasisError if its
-        files cannot be used with this model. Then whatever was loaded stays.
+        Raises StoreError if there is no such tenant, BankFull if all that are loaded are in use, AdapterError or BasisError if
+        its files cannot be used with this model. Then whatever was loaded stays.
         """
         with self._lock:
             store = self._store(name)
