@@ -19,8 +19,9 @@ from fedsb.adapters.head import linear_head
 from fedsb.basis.frames import Basis
 from fedsb.errors import StoreError
 from fedsb.report.table import evaluation_table, languages_table
-from fedsb.serving.bank import Bank, form_of
+from fedsb.serving.bank import Bank
 from fedsb.serving.evaluator import Score, Trial, evaluate_all
+from fedsb.serving.forms import form_of
 from fedsb.serving.mixed import mix
 from fedsb.store import adapters, checkpoint
 from fedsb.store.basis_files import load_basis

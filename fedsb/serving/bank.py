@@ -1,34 +1,23 @@
-"""The bank: adapters of many tenants side by side in memory, in the forms in which one batch can use many of them at once.
+"""The bank: adapters of many tenants side by side in memory, and which of them each row of a batch uses.
 
-    core    y = W0·x + B·R_t·A·x                     B and A are the basis, shared by all tenants on it; R_t (r, r) is one's own
-    lora    y = W0·x + B_t·A_t·x                     any plain low-rank update
-    flora   y = W0·x + Σ_j b_tj∘(W0·(a_tj∘x))        FLoRA (arXiv 2312.05677): a weight times a low-rank matrix, entry by entry
-
-What a method's chain (`fedsb.adapters.method`) says decides which form an adapter takes. All numbers of an adapter lie in one
-slot of its group, so that loading is one copy and unloading gives the memory back. Slot 0 of each group is zero: the base model.
+Adapters of one form (`fedsb.serving.forms`), and of the same basis, layers and shapes, are a group, each in a slot of its own.
+Slot 0 of each group is zero: the base model.
 """
 
-import functools
-import mmap
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fedsb.adapters.methods import METHODS
 from fedsb.basis.frames import Basis
 from fedsb.errors import AdapterError, StoreError
+from fedsb.serving.forms import Form, Formed, Shared, formed
+from fedsb.serving.pool import Pool
 from fedsb.store.adapters import StoredAdapter
-
-Form: TypeAlias = Literal["core", "lora", "flora"]
-Factors: TypeAlias = dict[str, dict[str, Tensor]]  # layer → part → tensor, of one adapter
-Shapes: TypeAlias = dict[str, dict[str, tuple[int, ...]]]
-HEAD = "head."  # begins the names of a classification head's parameters, among the layers
 
 
 class BankFull(StoreError):
@@ -48,14 +37,27 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Shared:
-    """What all adapters of a group go through in one layer: B (out, r) and A (r, in) of a basis."""
+class Stack:
+    """Of layers that are given the same input, those that a group of cores adapts, g of them, side by side.
 
-    B: Tensor
+    Attributes:
+        A: (g·r, in), one layer's rows after another's.
+        B: (outputs of all the layers, g·r), each layer's B beside zeros.
+    """
+
+    layers: tuple[str, ...]
     A: Tensor
+    B: Tensor
+    _wide: dict[torch.dtype, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def wide(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and Bᵀ, in the wider dtype of the two."""
+        if dtype not in self._wide:
+            wide = torch.promote_types(dtype, self.A.dtype)
+            self._wide[dtype] = self.A.to(wide), self.B.to(wide).mT
+        return self._wide[dtype]
 
 
-@dataclass
 class Group:
     """Adapters of one form, and of the same layers and shapes.
 
@@ -64,74 +66,67 @@ class Group:
         views: layer → part → (capacity, *shape), a view of all slots.
     """
 
-    form: Form
-    shared: dict[str, Shared]
-    pool: "Pool"
-    views: dict[str, dict[str, Tensor]] = field(init=False)
-    free: list[int] = field(init=False)
+    def __init__(self, form: Form, shared: dict[str, Shared], pool: Pool) -> None:
+        self.form, self.pool = form, pool
+        self.shared = {name: Shared(*(side.to(pool.numbers) for side in (each.B, each.A))) for name, each in shared.items()}
+        self.views = {layer: {part: pool.view(layer, part) for part in parts} for layer, parts in pool.shapes.items()}
+        self.free = list(range(pool.capacity - 1, 0, -1))
+        self._stacks: dict[tuple[str, ...], Stack | None] = {}
 
-    def __post_init__(self) -> None:
-        self.views = {layer: {part: self.pool.view(layer, part) for part in parts} for layer, parts in self.pool.shapes.items()}
-        self.free = list(range(self.pool.capacity - 1, 0, -1))
+    def stack(self, layers: tuple[str, ...], outs: Sequence[int]) -> Stack | None:
+        """Of layers with so many outputs, which are given the same input; None if the group adapts none of them."""
+        if layers not in self._stacks:
+            mine = [layer for layer in layers if layer in self.shared]
+            blocks = [
+                self.shared[layer].B if layer in self.shared else self.pool.numbers.new_empty(out, 0)
+                for layer, out in zip(layers, outs, strict=True)
+            ]
+            a = torch.cat([self.shared[layer].A for layer in mine]) if mine else None
+            self._stacks[layers] = None if a is None else Stack(tuple(mine), a, torch.block_diag(*blocks))
+        return self._stacks[layers]
 
 
 @dataclass(frozen=True)
-class Use:
-    """What rows of a batch use.
+class Span:
+    """Sequences of one length that go through their adapters together. take: (k, L) which tokens of their Use; None: all of them,
+    in order, k sequences. slots: (k,) where their adapters are; 0 is none."""
 
-    Attributes:
-        take: which rows (k,), or None for all of them, in order; of a packed batch which tokens (k, L): k sequences of L tokens,
-            each with its own adapter.
-        slots: (k,) where the adapters are; 0 is none.
-    """
-
-    group: Group
     take: Tensor | None
     slots: Tensor
 
 
-class Pool:
-    """Memory for adapters of the same shapes: (capacity, stride), a slot each.
+class Use:
+    """What rows of a batch, or tokens of a packed one, use: adapters of one group.
 
-    On a CPU a slot takes memory once it is written, and gives it back when it is cleared.
+    Attributes:
+        take: (m,) which rows or tokens; None: all of them, in order.
+        slots: (k,) where the adapters of the rows are; of a packed batch of its sequences.
     """
 
-    def __init__(self, shapes: Shapes, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.shapes, self.capacity = shapes, capacity
-        sizes = [((layer, part), torch.Size(shape)) for layer, parts in shapes.items() for part, shape in parts.items()]
-        self._places: dict[tuple[str, str], int] = {}
-        size = 0
-        for key, shape in sizes:
-            self._places[key] = size
-            size += shape.numel()
-        page = mmap.PAGESIZE // dtype.itemsize
-        self.stride = -(-size // page) * page  # whole pages, so that a slot's memory is its own
-        self._memory: mmap.mmap | None = None
-        if device.type == "cpu":
-            self._memory = mmap.mmap(-1, capacity * self.stride * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            self.numbers = torch.frombuffer(self._memory, dtype=dtype)
-        else:
-            self.numbers = torch.zeros(capacity * self.stride, dtype=dtype, device=device)
+    def __init__(self, group: Group, take: Tensor | None, slots: Tensor, spans: Sequence[Span]) -> None:
+        self.group, self.take, self.slots, self.spans = group, take, slots, spans
+        self._cores: dict[tuple[str, ...], list[Tensor]] = {}
 
-    def view(self, layer: str, part: str) -> Tensor:
-        """One part of one layer in all slots: (capacity, *shape)."""
-        shape = self.shapes[layer][part]
-        inner = torch.empty(shape, device="meta").stride()
-        return self.numbers.as_strided((self.capacity, *shape), (self.stride, *inner), self._places[layer, part])
+    def cores(self, layers: tuple[str, ...]) -> list[Tensor]:
+        """Of g layers, for each span: (k·g, r, r) fp32, transposed. Gathered once, however many steps use them."""
+        if layers not in self._cores:
+            views = [self.group.views[layer]["core"] for layer in layers]
+            gathered = [torch.stack([view[span.slots] for view in views], 1).float() for span in self.spans]
+            self._cores[layers] = [each.flatten(0, 1).mT for each in gathered]
+        return self._cores[layers]
 
-    def write(self, slot: int, factors: Factors) -> None:
-        """Put an adapter into a slot, by one copy."""
-        flat = torch.cat([factors[layer][part].reshape(-1) for layer, part in self._places])
-        self.numbers[slot * self.stride :][: len(flat)].copy_(flat)
-
-    def clear(self, slot: int) -> None:
-        """Make a slot zero again, and let its memory go."""
-        begin, count = slot * self.stride, self.stride
-        if self._memory is None:
-            self.numbers[begin : begin + count] = 0
-        else:
-            size = self.numbers.element_size()
-            self._memory.madvise(mmap.MADV_DONTNEED, begin * size, count * size)
+    def through(self, h: Tensor, layers: tuple[str, ...]) -> Tensor:
+        """R·h of g layers: tokens that use it (m, g·r) fp32 → the same. Each core is read once, however many tokens its sequence
+        has."""
+        g, cores = len(layers), self.cores(layers)
+        if self.spans[0].take is None:
+            return _through(h, cores[0], g, len(self.slots))
+        found = torch.empty_like(h)
+        for span, each in zip(self.spans, cores, strict=True):
+            assert span.take is not None
+            flat = span.take.flatten()
+            found[flat] = _through(h[flat], each, g, len(span.slots))
+        return found
 
 
 class Bank:
@@ -148,28 +143,29 @@ class Bank:
         self.groups: list[Group] = []
         self._keys: dict[object, int] = {}
         self._lock = threading.Lock()  # adapters may come and go while others are used
-        self.batch: list[Use] = []
+        self._changes = 0
+        self._packed: object = None  # what `pack` was told last
+        self.batch: Sequence[Use] = []
         self.rows = 0  # of the batch; 0: none was said, or it is packed
         self.packed = False
 
     def add(self, adapter: StoredAdapter, basis: Basis) -> Place:
-        """Load an adapter. Raises AdapterError if it has none of the bank's forms (`form_of` says why), another basis, or layers
-        that the model does not have; BankFull."""
-        form, shared, factors = _formed(adapter, basis)
-        for layer, sides in _sides(shared, factors).items():
+        """Load an adapter. Raises AdapterError if it has none of the bank's forms, another basis, or layers that the model does
+        not have; BankFull."""
+        told = formed(adapter, basis)
+        for layer, sides in told.sides.items():
             if self.layers and self.layers.get(layer) != sides:
                 has = "does not have" if layer not in self.layers else f"has with {self.layers[layer]} and not {sides}"
                 raise AdapterError(f"the adapter of {adapter.manifest.client} is for a layer {layer}, which this model {has}")
-        shapes: Shapes = {layer: {part: tuple(t.shape) for part, t in parts.items()} for layer, parts in factors.items()}
-        key = (form, basis.fingerprint if shared else "", tuple((n, *sorted(p.items())) for n, p in shapes.items()))
-        flat = {layer: {part: t.to(self.dtype) for part, t in parts.items()} for layer, parts in factors.items()}
         with self._lock:
-            return self._put(key, form, shared, shapes, flat)
+            return self._put(told, basis.fingerprint if told.shared else "")
 
-    def _put(self, key: object, form: Form, shared: dict[str, Shared], shapes: Shapes, factors: Factors) -> Place:
+    def _put(self, told: Formed, basis: str) -> Place:
+        shapes = told.shapes
+        key = (told.form, basis, tuple((name, *sorted(parts.items())) for name, parts in sorted(shapes.items())))
         if key not in self._keys:
-            held = {name: Shared(each.B.to(self.device), each.A.to(self.device)) for name, each in shared.items()}
-            self.groups.append(Group(form, held, Pool(shapes, self.capacity, self.dtype, self.device)))
+            pool = Pool(shapes, self.capacity, self.dtype, self.device)
+            self.groups.append(Group(told.form, told.shared, pool))
             self._keys[key] = len(self.groups) - 1
         number = self._keys[key]
         group = self.groups[number]
@@ -178,7 +174,8 @@ class Bank:
                 f"{self.capacity - 1} adapters of this form are loaded already; unload one, or make the bank larger", number
             )
         slot = group.free.pop()
-        group.pool.write(slot, factors)
+        group.pool.write(slot, told.factors)
+        self._changes += 1
         return Place(number, slot)
 
     def remove(self, place: Place) -> None:
@@ -187,13 +184,13 @@ class Bank:
         with self._lock:
             group.pool.clear(place.slot)
             group.free.append(place.slot)
+            self._changes += 1
 
     @contextmanager
     def using(self, places: Sequence[Place | None]) -> Iterator[None]:
         """While open, row i of a batch uses the adapter at places[i]; None is the base model."""
         before = self.batch, self.rows, self.packed
-        chosen = list(range(len(places)))
-        self.batch = [Use(*parts) for parts in self._grouped(chosen, places)]
+        self.batch = [Use(group, rows, slots, [Span(None, slots)]) for group, rows, slots in self._grouped(places)]
         self.rows, self.packed = len(places), False
         try:
             yield
@@ -204,78 +201,48 @@ class Bank:
         """From now on a batch is one row of sequences one after another, of these lengths, the i-th with the one at places[i].
 
         Sequences of one length go through together, so that each adapter is read once for a sequence and not for each token.
+        A step that is like the one before takes what was gathered for that.
         """
+        told = (tuple(places), tuple(lengths), self._changes)
+        if told == self._packed and self.packed:
+            return
         starts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
-        self.batch, self.rows, self.packed = [], 0, True
-        for length in sorted(set(lengths)):
-            chosen = [i for i, each in enumerate(lengths) if each == length]
-            alone = len(chosen) == len(lengths) and length == 1  # a step in which everybody gets one token
-            begins = torch.tensor([starts[i] for i in chosen], device=self.device)
-            for group, rows, slots in self._grouped(chosen, places):
-                some = begins if rows is None else begins[rows]
-                take = some[:, None] + torch.arange(length, device=self.device)
-                self.batch.append(Use(group, None if alone and rows is None else take, slots))
+        self.batch, self.rows, self.packed, self._packed = [], 0, True, told
+        uses = []
+        for group, rows, slots in self._grouped(places):
+            held = list(range(len(places))) if rows is None else rows.tolist()
+            if all(lengths[i] == 1 for i in held):  # a step in which each of them gets one token
+                take = None if rows is None else torch.tensor([starts[i] for i in held], device=self.device)
+                uses.append(Use(group, take, slots, [Span(None, slots)]))
+                continue
+            tokens = torch.cat([torch.arange(starts[i], starts[i] + lengths[i]) for i in held]).to(self.device)
+            begins = [end - lengths[i] for end, i in zip(accumulate(lengths[i] for i in held), held, strict=True)]
+            spans = []
+            for length in sorted({lengths[i] for i in held}):
+                some = [n for n, i in enumerate(held) if lengths[i] == length]
+                first = torch.tensor([begins[n] for n in some], device=self.device)
+                spans.append(Span(first[:, None] + torch.arange(length, device=self.device), slots[some]))
+            uses.append(Use(group, None if rows is None else tokens, slots, spans))
+        self.batch = uses
 
-    def _grouped(self, chosen: Sequence[int], places: Sequence[Place | None]) -> list[tuple[Group, Tensor | None, Tensor]]:
-        """Of some rows: group, which of them are its (None: all), and their slots."""
+    def _grouped(self, places: Sequence[Place | None]) -> list[tuple[Group, Tensor | None, Tensor]]:
+        """Group, which rows are its (None: all), and their slots."""
         rows: dict[int, list[int]] = {}
-        for row, i in enumerate(chosen):
-            if place := places[i]:
+        for row, place in enumerate(places):
+            if place:
                 rows.setdefault(place.group, []).append(row)
-        if len(rows) == 1:  # rows of the base model go along, in slot 0
-            (number,) = rows
-            slots = torch.tensor([place.slot if (place := places[i]) else 0 for i in chosen], device=self.device)
-            return [(self.groups[number], None, slots)]
-        return [
-            (
-                self.groups[number],
-                torch.tensor(held, device=self.device),
-                torch.tensor([place.slot for row in held if (place := places[chosen[row]])], device=self.device),
-            )
-            for number, held in rows.items()
-        ]
+        found: list[tuple[Group, Tensor | None, Tensor]] = []
+        for number, held in rows.items():
+            chosen = range(len(places)) if len(rows) == 1 else held  # rows of the base model go along, in slot 0
+            slots = torch.tensor([place.slot if (place := places[row]) else 0 for row in chosen], device=self.device)
+            found.append((self.groups[number], None if len(rows) == 1 else torch.tensor(held, device=self.device), slots))
+        return found
 
 
-def form_of(method: str) -> Form | None:
-    """The form that adapters of a method take; None if they have none: what they do to W0 is no short product (Bone), is none of
-    weights (LoPA), has magnitudes (LoRAFusion), or lies in the weights (what is folded into them)."""
-    says = METHODS[method]
-    if says.chain is None or says.output is not None or says.folds or "magnitude" in says.parts:
-        return None
-    return "flora" if says.multiplies else "core" if says.frames == ("B", "A") else "lora"
-
-
-def _sides(shared: dict[str, Shared], factors: Factors) -> dict[str, tuple[int, int]]:
-    """Layer → (out, in) of what an adapter goes through."""
-    found = {layer: (each.B.shape[0], each.A.shape[1]) for layer, each in shared.items()}
-    return found or {n: (p["B"].shape[0], p["A"].shape[1]) for n, p in factors.items() if not n.startswith(HEAD)}
-
-
-def _formed(adapter: StoredAdapter, basis: Basis) -> tuple[Form, dict[str, Shared], Factors]:
-    manifest = adapter.manifest
-    says, form = METHODS[manifest.method], form_of(manifest.method)
-    if form is None or says.chain is None:
-        raise AdapterError(f"the adapter of {manifest.client} is of {manifest.method}, which no batch of several tenants can use")
-    if manifest.basis_fingerprint != basis.fingerprint:
-        raise AdapterError(f"the adapter of {manifest.client} was trained on another basis; load the basis of its own run")
-    cut = basis.cut(manifest.rank) if says.nested and basis.rank else basis
-    shared: dict[str, Shared] = {}
-    factors: Factors = {}
-    for layer, parts in adapter.expanded.items():
-        b, a = (side[layer].double() if layer in side else None for side in (cut.B, cut.A))
-        matrices = says.chain(parts, b, a, manifest.scale)
-        if form == "core":
-            first, *between, last = matrices
-            if first is not b or last is not a:
-                raise AdapterError(f"the adapter of {manifest.client} does not go through its basis; train it again")
-            core = functools.reduce(torch.matmul, between)
-            room = basis.B[layer].shape[1] - core.shape[0]
-            factors[layer] = {"core": torch.nn.functional.pad(core, (0, room, 0, room))}
-            shared[layer] = Shared(basis.B[layer], basis.A[layer])
-        else:
-            *before, last = matrices
-            factors[layer] = {"A": last, "B": functools.reduce(torch.matmul, before)}
-    for name, tensor in adapter.head.items():
-        module, _, part = name.rpartition(".")
-        factors.setdefault(HEAD + module, {})[part] = tensor
-    return form, shared, factors
+def _through(h: Tensor, cores: Tensor, g: int, k: int) -> Tensor:
+    """R_i·h of each of g layers, for each token h of sequence i: h (k·L, g·r), cores (k·g, r, r) → (k·L, g·r)."""
+    n, width = h.shape
+    if n == k:
+        return torch.bmm(h.view(k * g, 1, width // g), cores).view(n, width)
+    by_core = h.view(k, n // k, g, width // g).transpose(1, 2).reshape(k * g, n // k, width // g)
+    return torch.bmm(by_core, cores).view(k, g, n // k, width // g).transpose(1, 2).reshape(n, width)

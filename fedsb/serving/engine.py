@@ -203,8 +203,8 @@ class Engine:
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
         """scores (1, n, V) fp32 → the first of output_ids (1, ·): a token for each request of the step."""
         rows = scores[0, : len(self._step)]
-        tokens, sound = rows.argmax(-1), rows.isfinite().any(-1) & ~rows.isnan().any(-1)
-        for i, (request, well) in enumerate(zip(self._step, sound.tolist(), strict=True)):
+        most, tokens = rows.max(-1)  # the largest is NaN or infinite where anything that matters is
+        for i, (request, well) in enumerate(zip(self._step, most.isfinite().tolist(), strict=True)):
             if not well:  # of this request alone: the others go on
                 self._manager.cancel_request(request.name)
                 self._over(request.name, Output((), "error", "the model's numbers overflow with this adapter"))

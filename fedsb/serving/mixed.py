@@ -1,5 +1,6 @@
 """A base model whose linear layers add, for each row of a batch, the adapter of that row's tenant (`fedsb.serving.bank`)."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,44 +12,85 @@ from torch.nn import functional
 from fedsb.adapters.flora import batched
 from fedsb.errors import AdapterError
 from fedsb.models import HEADS
-from fedsb.serving.bank import HEAD, Bank, Group, Use
+from fedsb.serving.bank import Bank, Stack, Use
+from fedsb.serving.forms import HEAD
+
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))  # are given the same input
+
+
+class Together:
+    """Linear layers of the base model that are given the same input, and what the batch's tenants add to them: one product for
+    all, where there are several. Their weights become parts of one. For inference only: there are no gradients.
+
+    Args:
+        layers: name → layer; several only if they are plain ones of the same inputs and dtype.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Linear], bank: Bank) -> None:
+        self.layers, self.bank, self.names = dict(layers), bank, tuple(layers)
+        self.outs = [layer.out_features for layer in layers.values()]
+        self._made: dict[str, tuple[Tensor, Tensor]] = {}  # layer → what it was given, and what it makes of it
+        self._stacked: nn.Linear | None = None
+        if len(layers) > 1:
+            self._stacked = _stacked(list(layers.values()))
+
+    def __call__(self, name: str, x: Tensor) -> Tensor:
+        """x (n, …, in) → what that layer makes of it; packed (1, T, in) → (1, T, out)."""
+        if self._stacked is None:
+            return self._of(x, self.layers[name](x))
+        given, made = self._made.pop(name, (None, None))
+        if given is not x or made is None:
+            found = self._of(x, functional.linear(x, self._stacked.weight, self._stacked.bias)).split(self.outs, -1)
+            self._made = {each: (x, y) for each, y in zip(self.names, found, strict=True)}
+            made = self._made.pop(name)[1]
+        return made
+
+    def _of(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.bank.rows not in (0, len(x)):
+            raise ValueError(f"layer {self.names[0]} got {len(x)} rows in a batch of {self.bank.rows}; it must see row by row")
+        for use in self.bank.batch:
+            if use.group.form != "core":
+                y = self._factored(x, y, use)
+            elif stack := use.group.stack(self.names, self.outs):
+                y = self._cored(x, y, use, stack)
+        return y
+
+    def _cored(self, x: Tensor, y: Tensor, use: Use, stack: Stack) -> Tensor:
+        a, b = stack.wide(x.dtype)
+        tokens = self._chosen(x, use)
+        v = use.through(functional.linear(tokens.to(a.dtype), a).float(), stack.layers).to(a.dtype)
+        if use.take is None and v.dtype == y.dtype:
+            y.view(-1, y.shape[-1]).addmm_(v, b)
+            return y
+        return _added(y, v @ b, use, self.bank.packed)
+
+    def _factored(self, x: Tensor, y: Tensor, use: Use) -> Tensor:
+        mine = [layer for layer in self.names if layer in use.group.views]
+        if not mine:
+            return y
+        h = self._chosen(x, use)
+        found = [
+            _factored(h, use, layer, self.layers[layer].weight) if layer in mine else h.new_zeros(len(h), out)
+            for layer, out in zip(self.names, self.outs, strict=True)
+        ]
+        return _added(y, torch.cat(found, -1), use, self.bank.packed)
+
+    def _chosen(self, x: Tensor, use: Use) -> Tensor:
+        """Those tokens that use it: (m, in)."""
+        rows = x[0] if self.bank.packed and use.take is not None else x
+        return (rows if use.take is None else rows[use.take]).flatten(0, -2)
 
 
 class MixedLinear(nn.Module):
-    """A linear layer of the base model, and what the batch's tenants add to it."""
+    """One layer of several that are `Together`, or of one."""
 
-    def __init__(self, base: nn.Linear, name: str, bank: Bank) -> None:
+    def __init__(self, together: Together, name: str) -> None:
         super().__init__()
-        self.base, self.name, self.bank = base, name, bank
+        self.base, self.together, self.name = together.layers[name], together, name
 
     def forward(self, x: Tensor) -> Tensor:
         """x (n, …, in) → (n, …, out); packed (1, T, in) → (1, T, out). Raises ValueError if x has other rows than the batch."""
-        y: Tensor = self.base(x)
-        if self.bank.rows not in (0, len(x)):
-            raise ValueError(f"layer {self.name} got {len(x)} rows in a batch of {self.bank.rows}; it must see row by row")
-        for use in self.bank.batch:
-            if self.name in use.group.views:
-                y = self._packed(x, y, use) if self.bank.packed else self._by_row(x, y, use)
-        return y
-
-    def _by_row(self, x: Tensor, y: Tensor, use: Use) -> Tensor:
-        if use.take is None:
-            return y + self._added(x, use.group, use.slots)
-        return y.index_add(0, use.take, self._added(x[use.take], use.group, use.slots))
-
-    def _packed(self, x: Tensor, y: Tensor, use: Use) -> Tensor:
-        if use.take is None:  # one token of each sequence
-            return y + self._added(x.transpose(0, 1), use.group, use.slots).transpose(0, 1)
-        added = self._added(x[0, use.take], use.group, use.slots)  # (k, L, out)
-        return y.index_add(1, use.take.flatten(), added.flatten(0, 1)[None])
-
-    def _added(self, x: Tensor, group: Group, slots: Tensor) -> Tensor:
-        parts = group.views[self.name]
-        if group.form == "core":
-            shared = group.shared[self.name]
-            return cores(x, shared.A, parts["core"][slots], shared.B)
-        a, b = parts["A"][slots], parts["B"][slots]
-        return factors(x, a, b) if group.form == "lora" else batched(x, self.base.weight, a, b.mT)
+        return self.together(self.name, x)
 
 
 class MixedHead(nn.Module):
@@ -76,26 +118,46 @@ class MixedHead(nn.Module):
         return y
 
 
-def cores(x: Tensor, a: Tensor, r: Tensor, b: Tensor) -> Tensor:
-    """B·R_i·A·x_i for each row i.
-
-    Args:
-        x: (n, …, in).
-        a, b: (r, in) and (out, r), the same for all rows.
-        r: (n, r, r), of each row.
-
-    Returns (n, …, out) in x's dtype. Each core is read once, however many tokens its row has.
-    """
-    wide = torch.promote_types(x.dtype, a.dtype)
-    h = functional.linear(x.to(wide), a.to(wide))  # (n, …, r)
-    mixed = torch.bmm(h.reshape(len(h), -1, h.shape[-1]).to(r.dtype), r.mT)
-    return functional.linear(mixed.view(h.shape).to(wide), b.to(wide)).to(x.dtype)
-
-
 def factors(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """B_i·A_i·x_i for each row i: x (n, …, in), a (n, r, in), b (n, out, r) → (n, …, out) in x's dtype."""
     h = torch.bmm(x.reshape(len(x), -1, x.shape[-1]).to(a.dtype), a.mT)
     return torch.bmm(h, b.mT).view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def _factored(x: Tensor, use: Use, layer: str, weight: Tensor) -> Tensor:
+    """x (m, in) → (m, out): what plain low-rank updates and FLoRA add."""
+    parts = use.group.views[layer]
+    found = x.new_empty(len(x), len(weight))
+    for span in use.spans:
+        a, b = parts["A"][span.slots], parts["B"][span.slots]
+        h = x.view(len(span.slots), -1, x.shape[-1]) if span.take is None else x[span.take]
+        added = (factors(h, a, b) if use.group.form == "lora" else batched(h, weight, a, b.mT)).flatten(0, 1)
+        if span.take is None:
+            return added
+        found[span.take.flatten()] = added
+    return found
+
+
+def _added(y: Tensor, added: Tensor, use: Use, packed: bool) -> Tensor:
+    """y, and what was made for the rows or tokens that use it (m, out)."""
+    added = added.to(y.dtype)
+    if use.take is None:
+        return y + added.view(y.shape)
+    return y.index_add(1, use.take, added[None]) if packed else y.index_add(0, use.take, added.view(-1, *y.shape[1:]))
+
+
+def _stacked(layers: Sequence[nn.Linear]) -> nn.Linear:
+    """One layer whose outputs are those of several, one after another; their weights become views of its."""
+    outs, first = [layer.out_features for layer in layers], layers[0].weight
+    whole = nn.Linear(layers[0].in_features, sum(outs), any(layer.bias is not None for layer in layers), device="meta")
+    whole.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in layers]), requires_grad=False)
+    if whole.bias is not None:
+        none = [first.new_zeros(out) for out in outs]
+        biases = [zero if layer.bias is None else layer.bias.detach() for layer, zero in zip(layers, none, strict=True)]
+        whole.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+    for layer, weight in zip(layers, whole.weight.split(outs), strict=True):
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+    return whole
 
 
 def mix(model: Any, bank: Bank) -> Any:
@@ -104,7 +166,7 @@ def mix(model: Any, bank: Bank) -> Any:
 
     Raises AdapterError if a classifier's head is more than one linear layer.
     """
-    output, done = model.get_output_embeddings(), "\0"
+    output, done, plain = model.get_output_embeddings(), "\0", dict[str, nn.Linear]()
     for name, module in list(model.named_modules()):
         wrapped = isinstance(module, BaseTunerLayer | ModulesToSaveWrapper)
         if module is output or name.startswith(done) or not (wrapped or isinstance(module, nn.Linear)):
@@ -115,8 +177,29 @@ def mix(model: Any, bank: Bank) -> Any:
         headed = name.partition(".")[0] in HEADS
         if not isinstance(base, nn.Linear) or (headed and "." in name):
             raise AdapterError(f"{name} of {type(model).__name__} is no single linear layer; score one tenant at a time")
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, (MixedHead if headed else MixedLinear)(base, name, bank))
-        if not headed:
+        if headed:
+            _put(model, name, MixedHead(base, name, bank))
+        else:
+            plain[name] = base
             bank.layers[name] = base.out_features, base.in_features
+    for names in _sets(plain):
+        together = Together({name: plain[name] for name in names}, bank)
+        for name in names:
+            _put(model, name, MixedLinear(together, name))
     return model
+
+
+def _put(model: Any, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _sets(layers: Mapping[str, nn.Linear]) -> list[tuple[str, ...]]:
+    """Those that are given the same input, and can be one layer, together."""
+    found: dict[object, list[str]] = {}
+    for name, layer in layers.items():
+        parent, _, leaf = name.rpartition(".")
+        siblings = next((several for several in SIBLINGS if leaf in several), None)
+        usual = siblings and type(layer) is nn.Linear and layer.weight.is_floating_point()
+        found.setdefault((parent, siblings, layer.in_features, layer.weight.dtype) if usual else name, []).append(name)
+    return [tuple(names) for names in found.values()]

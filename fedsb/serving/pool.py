@@ -1,0 +1,55 @@
+"""Memory for adapters of the same shapes, a slot each."""
+
+import mmap
+
+import torch
+from torch import Tensor
+
+from fedsb.serving.forms import Factors, Shapes
+
+
+class Pool:
+    """Memory for adapters of the same shapes: (capacity, stride), a slot each. All numbers of an adapter lie in one slot, so that
+    loading is one copy.
+
+    On a CPU a slot takes memory once it is written, and gives it back when it is cleared.
+    """
+
+    def __init__(self, shapes: Shapes, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.shapes, self.capacity = shapes, capacity
+        sizes = [((layer, part), torch.Size(shape)) for layer, parts in shapes.items() for part, shape in parts.items()]
+        self._places: dict[tuple[str, str], int] = {}
+        size = 0
+        for key, shape in sizes:
+            self._places[key] = size
+            size += shape.numel()
+        page = mmap.PAGESIZE // dtype.itemsize
+        self.stride = -(-size // page) * page  # whole pages, so that a slot's memory is its own
+        self._memory: mmap.mmap | None = None
+        if device.type == "cpu":
+            self._memory = mmap.mmap(-1, capacity * self.stride * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self.numbers = torch.frombuffer(self._memory, dtype=dtype)
+        else:
+            self.numbers = torch.zeros(capacity * self.stride, dtype=dtype, device=device)
+
+    def view(self, layer: str, part: str, several: int = 1) -> Tensor:
+        """One part of one layer in all slots: (capacity, *shape); `several`: of so many layers from this one on, whose parts have
+        the same shape: (capacity, several, *shape)."""
+        shape = self.shapes[layer][part]
+        whole = shape if several == 1 else (several, *shape)
+        inner = torch.empty(whole, device="meta").stride()
+        return self.numbers.as_strided((self.capacity, *whole), (self.stride, *inner), self._places[layer, part])
+
+    def write(self, slot: int, factors: Factors) -> None:
+        """Put an adapter into a slot, by one copy."""
+        flat = torch.cat([factors[layer][part].reshape(-1) for layer, part in self._places])
+        self.numbers[slot * self.stride :][: len(flat)].copy_(flat)
+
+    def clear(self, slot: int) -> None:
+        """Make a slot zero again, and let its memory go."""
+        begin, count = slot * self.stride, self.stride
+        if self._memory is None:
+            self.numbers[begin : begin + count] = 0
+        else:
+            size = self.numbers.element_size()
+            self._memory.madvise(mmap.MADV_DONTNEED, begin * size, count * size)
