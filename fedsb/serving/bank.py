@@ -153,21 +153,24 @@ class Bank:
         """Load an adapter. Raises AdapterError if it has none of the bank's forms, another basis, or layers that the model does
         not have; BankFull."""
         told = formed(adapter, basis)
+        shapes = told.shapes
+        alike = tuple((layer, part, *shapes[layer][part]) for layer in sorted(shapes) for part in sorted(shapes[layer]))
+        key = told.form, basis.fingerprint, alike
+        with self._lock:
+            if key not in self._keys:
+                self._require(told, adapter.manifest.client)
+                pool = Pool(shapes, self.capacity, self.dtype, self.device)
+                self.groups.append(Group(told.form, told.shared, pool))
+                self._keys[key] = len(self.groups) - 1
+            return self._put(told, self._keys[key])
+
+    def _require(self, told: Formed, client: str) -> None:
         for layer, sides in told.sides.items():
             if self.layers and self.layers.get(layer) != sides:
                 has = "does not have" if layer not in self.layers else f"has with {self.layers[layer]} and not {sides}"
-                raise AdapterError(f"the adapter of {adapter.manifest.client} is for a layer {layer}, which this model {has}")
-        with self._lock:
-            return self._put(told, basis.fingerprint if told.shared else "")
+                raise AdapterError(f"the adapter of {client} is for a layer {layer}, which this model {has}")
 
-    def _put(self, told: Formed, basis: str) -> Place:
-        shapes = told.shapes
-        key = (told.form, basis, tuple((name, *sorted(parts.items())) for name, parts in sorted(shapes.items())))
-        if key not in self._keys:
-            pool = Pool(shapes, self.capacity, self.dtype, self.device)
-            self.groups.append(Group(told.form, told.shared, pool))
-            self._keys[key] = len(self.groups) - 1
-        number = self._keys[key]
+    def _put(self, told: Formed, number: int) -> Place:
         group = self.groups[number]
         if not group.free:
             raise BankFull(

@@ -73,13 +73,14 @@ def formed(adapter: StoredAdapter, basis: Basis) -> Formed:
     cut = basis.cut(manifest.rank) if says.nested and basis.rank and manifest.rank < basis.rank else basis
     shared: dict[str, Shared] = {}
     factors: Factors = {}
-    for layer, parts in adapter.expanded.items():
+    narrow = form == "core" and says.expand is None
+    for layer, parts in (adapter.layers if narrow else adapter.expanded).items():
         b, a = cut.B.get(layer), cut.A.get(layer)
         if form == "core":
             first, *between, last = says.chain(parts, b, a, manifest.scale)
             if b is None or a is None or first is not b or last is not a:
                 raise AdapterError(f"the adapter of {manifest.client} does not go through its basis; train it again")
-            core = functools.reduce(torch.matmul, between)
+            core = between[0] if len(between) == 1 else functools.reduce(torch.matmul, [each.double() for each in between])
             room = basis.B[layer].shape[1] - core.shape[0]
             factors[layer] = {"core": torch.nn.functional.pad(core, (0, room, 0, room)) if room else core}
             shared[layer] = Shared(basis.B[layer], basis.A[layer])

@@ -10,6 +10,8 @@ a whole version or none. Publishers of one client take turns through a file lock
 
 import contextlib
 import fcntl
+import functools
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,12 +23,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from fedsb.adapters.head import Features, plain
-from fedsb.adapters.method import Method, Parts
+from fedsb.adapters.method import Parts
 from fedsb.adapters.methods import METHODS
 from fedsb.errors import AdapterError, StoreError
 from fedsb.sections import SITE_NAME
 from fedsb.store.files import read_file, read_json, sha256_of, staged_folder, write_file, write_json, writing
-from fedsb.store.tensors import load_tensors, save_tensors
+from fedsb.store.tensors import save_tensors, tensors_of
 
 CORE_FILE, MANIFEST_FILE, CURRENT_FILE, LOCK_FILE = "core.safetensors", "manifest.json", "current", ".lock"
 VERSION = re.compile(r"v(\d{4,})")
@@ -165,7 +167,7 @@ def publish(
                 scale=scale,
                 basis_fingerprint=basis_fingerprint,
                 shapes={name: tuple(tensor.shape) for name, tensor in state.items()},
-                dtypes={name: _dtype(tensor) for name, tensor in state.items()},
+                dtypes={name: _named(tensor.dtype) for name, tensor in state.items()},
                 sha256=sha256_of(staged / CORE_FILE),
                 round=round,
                 task=task,
@@ -268,17 +270,18 @@ def _turn(folder: Path) -> Iterator[None]:
         yield
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _read(folder: Path) -> StoredAdapter | None:
     """The adapter of a version's folder, or None if hash, names, shapes or dtypes are not those of its manifest."""
     try:
         manifest = Manifest.model_validate_json(read_file(folder / MANIFEST_FILE))
-        if sha256_of(folder / CORE_FILE) != manifest.sha256:
+        data = read_file(folder / CORE_FILE)
+        if hashlib.sha256(data).hexdigest() != manifest.sha256:
             return None
-        state, _ = load_tensors(folder / CORE_FILE)
+        state = tensors_of(data, folder / CORE_FILE)
     except (StoreError, ValidationError):
         return None
     return StoredAdapter(state, manifest) if _described(state, manifest) else None
@@ -286,32 +289,41 @@ def _read(folder: Path) -> StoredAdapter | None:
 
 def _described(state: Mapping[str, Tensor], manifest: Manifest) -> bool:
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    return shapes == manifest.shapes and {name: _dtype(tensor) for name, tensor in state.items()} == manifest.dtypes
+    return shapes == manifest.shapes and {name: _named(tensor.dtype) for name, tensor in state.items()} == manifest.dtypes
 
 
 def _check(state: Mapping[str, Tensor], method: str, rank: int, where: str) -> None:
     """Refuse a state of another method, without layers, with half a layer, of another rank or dtype, or with NaN or infinity."""
     if method not in METHODS:
         raise AdapterError(f"{where}: is of the method {method!r}, which this version does not have; update fedsb")
-    found: dict[str, set[str]] = {}
-    for name, tensor in state.items():
+    kinds = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in state.items())
+    if fault := _fault(kinds, method, rank) or _not_finite(state):
+        raise AdapterError(f"{where}: {fault}")
+
+
+@functools.lru_cache(maxsize=64)  # a store's adapters are mostly alike
+def _fault(kinds: tuple[tuple[str, tuple[int, ...], torch.dtype], ...], method: str, rank: int) -> str | None:
+    """What is wrong with tensors of these names, shapes and dtypes, and what to do."""
+    says, found = METHODS[method], dict[str, set[str]]()
+    for name, shape, dtype in kinds:
         layer, _, part = name.rpartition(".")
         if not HEAD.fullmatch(name):
             found.setdefault(layer, set()).add(part)
-        fault = _fault(name, part, tensor, METHODS[method], rank)
-        if fault:
-            raise AdapterError(f"{where}: {name} {fault}; train it again")
-    torn = [layer for layer, parts in found.items() if parts != METHODS[method].parts.keys()]
-    if not found or torn:
-        what = f"{torn[0]} lacks a part" if torn else f"holds no {', no '.join(METHODS[method].parts)}"
-        raise AdapterError(f"{where}: {what}; train it first")
+            if part not in says.parts:
+                return f"{name} is neither {' nor '.join(says.parts)} nor a head parameter; train it again"
+            if not says.fits(part, shape, rank):
+                return f"{name} has shape {shape} where rank {rank} is said; train it again"
+        if dtype != torch.float32:
+            return f"{name} is {_named(dtype)} instead of float32; train it again"
+    if not found:
+        return f"holds no {', no '.join(says.parts)}; train it first"
+    torn = next((layer for layer, parts in found.items() if parts != says.parts.keys()), None)
+    return None if torn is None else f"{torn} lacks a part; train it first"
 
 
-def _fault(name: str, part: str, tensor: Tensor, method: Method, rank: int) -> str | None:
-    if not HEAD.fullmatch(name) and part not in method.parts:
-        return f"is neither {' nor '.join(method.parts)} nor a head parameter"
-    if not HEAD.fullmatch(name) and not method.fits(part, tuple(tensor.shape), rank):
-        return f"has shape {tuple(tensor.shape)} where rank {rank} is said"
-    if tensor.dtype != torch.float32:
-        return f"is {_dtype(tensor)} instead of float32"
-    return None if bool(tensor.isfinite().all()) else "holds NaN or infinity"
+def _not_finite(state: Mapping[str, Tensor]) -> str | None:
+    """Whether there is NaN or infinity. All are looked at together first, since they are many and small."""
+    if bool(torch.cat([tensor.flatten() for tensor in state.values()]).isfinite().all()):
+        return None
+    name = next(name for name, tensor in state.items() if not tensor.isfinite().all())
+    return f"{name} holds NaN or infinity; train it again"
