@@ -37,6 +37,7 @@ from fedsb.basis.spectral import random_basis
 from fedsb.serving.bank import Bank, Place
 from fedsb.serving.engine import Engine, Limits, Output, Sampling
 from fedsb.serving.mixed import mix
+from fedsb.serving.sources import source_of
 from fedsb.serving.tenants import Tenants
 from fedsb.store import adapters
 from fedsb.store.adapters import Manifest, ModelId, StoredAdapter
@@ -287,7 +288,7 @@ def load(options: argparse.Namespace) -> dict[str, Any]:
             )
         bank = Bank(options.loads + 1, torch.bfloat16)
         bank.layers = dict(shapes)
-        tenants = Tenants([run], MODEL.sha256, bank)
+        tenants = Tenants([source_of(run, MODEL.sha256, bank.layers)], bank)
         times = [1000 * seconds(functools.partial(tenants.take, f"tenant-{seed}")) for seed in range(options.loads)]
     return {"load_ms": figure(median(times[1:]), "ms", largest=max(times[1:]), first=times[0])}
 

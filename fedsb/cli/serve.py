@@ -18,6 +18,7 @@ from fedsb.serving.http.app import build
 from fedsb.serving.http.keys import Keys, load_keys
 from fedsb.serving.http.service import Bounds, Service
 from fedsb.serving.mixed import mix
+from fedsb.serving.sources import source_of
 from fedsb.serving.tenants import Tenants
 from server.run_folder import CONFIG, load_run
 
@@ -26,7 +27,7 @@ WIDTHS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def serve(
-    stores: Annotated[list[Path], typer.Argument(help="folders of runs, or their adapters, whose adapters are served")],
+    stores: Annotated[list[Path], typer.Argument(help="folders of runs, their adapters, or folders of LoRAs that PEFT wrote")],
     model: Annotated[str | None, typer.Option(help="base model, as model.source; by default that of the first run")] = None,
     name: Annotated[str | None, typer.Option(help="the base model for clients; by default the last part of --model")] = None,
     dtype: Annotated[str, typer.Option(help="dtype of the base model: auto, bf16 or fp32")] = "auto",
@@ -61,9 +62,10 @@ def serve(
     bank = Bank(capacity + 1, WIDTHS[adapter_dtype], place)
     section = ModelSection.model_validate({"source": source.name, "dtype": told})
     base, tokenizer = load_model(source, section, None, place), load_tokenizer(source)
-    tenants = Tenants(stores, source.sha256, bank)
+    mix(base, bank)
+    tenants = Tenants([source_of(store, source.sha256, bank.layers) for store in stores], bank)
     tenants.names()  # so that a folder that is no store is told now
-    engine = Engine(mix(base, bank), bank, Limits(requests, step_tokens, cache_tokens, waiting))
+    engine = Engine(base, bank, Limits(requests, step_tokens, cache_tokens, waiting))
     called = name or Path(source.name).name
     service = Service(called, tokenizer, engine, tenants, known_keys, Bounds(answer=answer_tokens))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")

@@ -152,13 +152,16 @@ class Bank:
     def add(self, adapter: StoredAdapter, basis: Basis) -> Place:
         """Load an adapter. Raises AdapterError if it has none of the bank's forms, another basis, or layers that the model does
         not have; BankFull."""
-        told = formed(adapter, basis)
+        return self.put(formed(adapter, basis), basis.fingerprint, adapter.manifest.client)
+
+    def put(self, told: Formed, basis: str, name: str) -> Place:
+        """Load an adapter that is in its form, on the basis of that fingerprint; name: its tenant. Raises as `add`."""
         shapes = told.shapes
         alike = tuple((layer, part, *shapes[layer][part]) for layer in sorted(shapes) for part in sorted(shapes[layer]))
-        key = told.form, basis.fingerprint, alike
+        key = told.form, basis, alike
         with self._lock:
             if key not in self._keys:
-                self._require(told, adapter.manifest.client)
+                self._require(told, name)
                 pool = Pool(shapes, self.capacity, self.dtype, self.device)
                 self.groups.append(Group(told.form, told.shared, pool))
                 self._keys[key] = len(self.groups) - 1

@@ -19,6 +19,7 @@ from fedsb.errors import RequestError
 from fedsb.serving.bank import Bank, Place
 
 PAGE = 16  # tokens of a block of the cache
+LEAST = 1e-30  # what fp32 can still tell from 0; smaller temperatures and shares mean the same
 Reason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -255,10 +256,10 @@ class _Router:
 
 def _drawn(scores: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
     """A token from scores (V,), as temperature and top_p say."""
-    probabilities = torch.softmax((scores - scores.max()) / sampling.temperature, -1)  # no temperature is too low
+    probabilities = torch.softmax((scores - scores.max()) / max(sampling.temperature, LEAST), -1)
     if sampling.top_p < 1:
         sorted_, order = probabilities.sort(descending=True)
-        beyond = sorted_.cumsum(-1) - sorted_ >= sampling.top_p  # the first of those that reach it stays
+        beyond = sorted_.cumsum(-1) - sorted_ >= max(sampling.top_p, LEAST)  # the first of those that reach it stays
         probabilities = torch.zeros_like(probabilities).scatter(0, order, sorted_.masked_fill(beyond, 0.0))
     return torch.multinomial(probabilities, 1, generator=generator)[0]
 

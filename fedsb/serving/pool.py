@@ -1,11 +1,15 @@
 """Memory for adapters of the same shapes, a slot each."""
 
 import mmap
+import sys
 
 import torch
 from torch import Tensor
 
 from fedsb.serving.forms import Factors, Shapes
+
+NORESERVE = 0x4000 if sys.platform == "linux" else 0  # what is not written yet counts for nothing; Python names it from 3.13 on
+FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
 
 
 class Pool:
@@ -27,7 +31,7 @@ class Pool:
         self.stride = -(-size // page) * page  # whole pages, so that a slot's memory is its own
         self._memory: mmap.mmap | None = None
         if device.type == "cpu":
-            self._memory = mmap.mmap(-1, capacity * self.stride * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._memory = mmap.mmap(-1, capacity * self.stride * dtype.itemsize, FLAGS)
             self.numbers = torch.frombuffer(self._memory, dtype=dtype)
         else:
             self.numbers = torch.zeros(capacity * self.stride, dtype=dtype, device=device)

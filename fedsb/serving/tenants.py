@@ -5,16 +5,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
-from fedsb.basis.frames import Basis
-from fedsb.errors import AdapterError, FedsbError, StoreError
+from fedsb.errors import FedsbError, StoreError
 from fedsb.serving.bank import Bank, BankFull, Place
-from fedsb.store import adapters
-from fedsb.store.basis_files import load_basis
-
-BASES = 8  # of runs, kept at hand
+from fedsb.serving.forms import Formed
+from fedsb.serving.sources import Source
 
 
 @dataclass
@@ -41,23 +36,19 @@ class Tenants:
     """What a server can serve. Safe to use from several threads.
 
     Args:
-        stores: adapter stores (a run's folder, or its `adapters`), whose bases lie beside them; of a name that several have the
-            first store's counts.
-        model: SHA-256 of the base model.
+        sources: of a name that several have the first one's counts.
         bank: where adapters are held; when it is full, those go that were used longest ago and are not in use.
     """
 
-    def __init__(self, stores: Sequence[Path], model: str, bank: Bank) -> None:
-        self.stores = [store / "adapters" if (store / "adapters").is_dir() else store for store in stores]
-        self.model, self.bank = model, bank
+    def __init__(self, sources: Sequence[Source], bank: Bank) -> None:
+        self.sources, self.bank = sources, bank
         self._held: OrderedDict[str, _Held] = OrderedDict()  # used longest ago first
         self._hidden: set[str] = set()
         self._lock = threading.RLock()
-        self._basis = lru_cache(maxsize=BASES)(load_basis)
 
     def names(self) -> list[str]:
-        """Of all tenants that can be asked for, sorted. Raises StoreError if a store is gone."""
-        return sorted({name for store in self.stores for name in adapters.clients(store)} - self._hidden)
+        """Of all tenants that can be asked for, sorted. Raises StoreError if a source is gone."""
+        return sorted({name for source in self.sources for name in source.names()} - self._hidden)
 
     @property
     def loaded(self) -> int:
@@ -66,7 +57,7 @@ class Tenants:
 
     def has(self, name: str) -> bool:
         """Whether there is such a tenant; a name that is none is simply not there."""
-        return name not in self._hidden and self._store(name) is not None
+        return name not in self._hidden and self._source(name) is not None
 
     def take(self, name: str) -> Lease:
         """The newest version of a tenant's adapter, loaded if it is not yet, for one request.
@@ -75,13 +66,13 @@ class Tenants:
         its files cannot be used with this model. Then whatever was loaded stays.
         """
         with self._lock:
-            store = self._store(name)
-            if store is None or name in self._hidden:
+            source = self._source(name)
+            if source is None or name in self._hidden:
                 raise StoreError(f"there is no adapter of {name}; `fedsb serve` has those of its stores")
-            version = adapters.current(store, name)
+            version = source.version(name)
             held = self._held.get(name)
             if held is None or held.version != version:
-                held = self._load(store, name, version)
+                held = self._load(source, name, version)
             self._held.move_to_end(name)
             held.users += 1
             return Lease(name, held.version, held.place, held)
@@ -116,22 +107,19 @@ class Tenants:
             self._retire(name)
             return True
 
-    def _store(self, name: str) -> Path | None:
-        return next((store for store in self.stores if adapters.has(store, name)), None)
+    def _source(self, name: str) -> Source | None:
+        return next((source for source in self.sources if source.has(name)), None)
 
-    def _load(self, store: Path, name: str, version: int) -> _Held:
-        stored = adapters.load(store, name, version)
-        self._check(stored)
-        basis = self._basis(store.parent, stored.manifest.basis_fingerprint)
-        place = self._put(stored, basis)
+    def _load(self, source: Source, name: str, version: int) -> _Held:
+        place = self._put(name, *source.load(name, version))
         self._retire(name)
         self._held[name] = _Held(version, place)
         return self._held[name]
 
-    def _put(self, stored: adapters.StoredAdapter, basis: Basis) -> Place:
+    def _put(self, name: str, told: Formed, basis: str) -> Place:
         while True:
             try:
-                return self.bank.add(stored, basis)
+                return self.bank.put(told, basis, name)
             except BankFull as full:
                 idle = next((n for n, held in self._held.items() if not held.users and held.place.group == full.group), None)
                 if idle is None:
@@ -145,13 +133,3 @@ class Tenants:
         held.stale = True
         if not held.users:
             self.bank.remove(held.place)
-
-    def _check(self, stored: adapters.StoredAdapter) -> None:
-        manifest = stored.manifest
-        if manifest.base_model.sha256 != self.model:
-            raise AdapterError(
-                f"the adapter of {manifest.client} was trained on {manifest.base_model.name} "
-                f"({manifest.base_model.sha256[:12]}), and this server has another model ({self.model[:12]})"
-            )
-        if stored.head:
-            raise AdapterError(f"the adapter of {manifest.client} has a classification head, and this server generates text")

@@ -241,8 +241,16 @@ def test_a_request_as_long_as_the_cache_is_answered_and_no_longer_one_is_taken()
         served.engine.close()
 
 
+def test_no_share_ends_the_engine(served: Served) -> None:
+    for top_p in (5e-324, 1e-45, 1.0):
+        answer = served.ask([5, 6, 7], 1, 4, temperature=1.0, top_p=top_p, seed=0)
+        assert answer.wait().reason == "length"
+        if top_p < 1:
+            assert answer.tokens == served.alone([5, 6, 7], 1, 4)
+
+
 def test_no_temperature_ends_the_engine(served: Served) -> None:
-    for temperature in (1e-45, 1e-10, 100.0):
+    for temperature in (5e-324, 1e-45, 1e-10, 100.0):
         answer = served.ask([5, 6, 7], 1, 4, temperature=temperature, seed=0)
         assert answer.wait().reason == "length"
         if temperature < 1:

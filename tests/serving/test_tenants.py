@@ -12,6 +12,7 @@ from fedsb.models import device_of, load_model, locate
 from fedsb.sections import ModelSection
 from fedsb.serving.bank import Bank, BankFull
 from fedsb.serving.mixed import mix
+from fedsb.serving.sources import source_of
 from fedsb.serving.tenants import Tenants
 from fedsb.store import adapters
 from tests.federation.tiny import config_of, federate, save_model, save_task, table
@@ -36,7 +37,7 @@ class Shop:
         self.source = locate(source)
         base = load_model(self.source, ModelSection.model_validate({"dtype": "fp32"}), None, device_of("cpu"))
         self.model = mix(base, self.bank)
-        self.tenants = Tenants([run], self.source.sha256, self.bank)
+        self.tenants = Tenants([source_of(run, self.source.sha256, self.bank.layers)], self.bank)
 
     def logits(self, lease: object) -> torch.Tensor:
         """What the model says with a lease's adapter."""
@@ -156,7 +157,7 @@ def test_names_that_are_none_are_not_there(shop: Shop, name: str) -> None:
 
 
 def test_what_is_not_for_this_model_or_torn_is_refused(shop: Shop, finished: tuple[Path, str]) -> None:
-    other = Tenants([shop.run], "0" * 64, shop.bank)
+    other = Tenants([source_of(shop.run, "0" * 64, shop.bank.layers)], shop.bank)
     with pytest.raises(AdapterError, match=r"client-0 was trained on .*, and this server has another model \(000000000000\)"):
         other.take("client-0")
     layers = shop.bank.layers
@@ -174,7 +175,7 @@ def test_what_is_not_for_this_model_or_torn_is_refused(shop: Shop, finished: tup
         shop.tenants.take("client-1")
     shutil.rmtree(shop.run / "basis")
     assert shop.tenants.take("client-2").version == 1  # of a basis that is at hand
-    alone = Tenants([shop.run], shop.source.sha256, shop.bank)
+    alone = Tenants([source_of(shop.run, shop.source.sha256, shop.bank.layers)], shop.bank)
     with pytest.raises((StoreError, BasisError), match="this run has no such basis"):
         alone.take("client-0")
     assert shop.tenants.loaded == 2 and kept.version == 1
