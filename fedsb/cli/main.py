@@ -44,6 +44,7 @@ COMMANDS = {
     "supernode": "supernode",
     "metrics": "metrics",
     "serve": "serve",
+    "bench": "bench",
 }  # command → its file in fedsb/cli
 
 

@@ -3,7 +3,7 @@
 import ipaddress
 import logging
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import torch
 import typer
@@ -31,7 +31,7 @@ def serve(
     model: Annotated[str | None, typer.Option(help="base model, as model.source; by default that of the first run")] = None,
     name: Annotated[str | None, typer.Option(help="the base model for clients; by default the last part of --model")] = None,
     dtype: Annotated[str, typer.Option(help="dtype of the base model: auto, bf16 or fp32")] = "auto",
-    adapter_dtype: Annotated[str, typer.Option(help="dtype in which adapters are held: fp32 or bf16")] = "fp32",
+    adapter_dtype: Annotated[str, typer.Option(help="dtype of adapters: auto (the base model's), bf16 or fp32")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps")] = "auto",
     host: Annotated[str, typer.Option(help="address to listen on; another than the loopback takes --keys")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0 takes a free one")] = PORT,
@@ -45,7 +45,7 @@ def serve(
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 leaves torch's choice")] = 0,
 ) -> None:
     """Serve stores' adapters and their base model until stopped; `model` in a request is a tenant's name."""
-    for option, value, known in (("--dtype", dtype, ("auto", *WIDTHS)), ("--adapter-dtype", adapter_dtype, tuple(WIDTHS))):
+    for option, value, known in (("--dtype", dtype, ("auto", *WIDTHS)), ("--adapter-dtype", adapter_dtype, ("auto", *WIDTHS))):
         if value not in known:
             raise ConfigError(f"{option} {value}: is none of {', '.join(known)}; choose one")
     known_keys = load_keys(keys) if keys else Keys([])
@@ -59,9 +59,9 @@ def serve(
     source = locate(_model_of(stores, model))
     told: Literal["auto", "bf16", "fp32"] = dtype  # type: ignore[assignment]
     place = device_of(device)
-    bank = Bank(capacity + 1, WIDTHS[adapter_dtype], place)
     section = ModelSection.model_validate({"source": source.name, "dtype": told})
     base, tokenizer = load_model(source, section, None, place), load_tokenizer(source)
+    bank = Bank(capacity + 1, WIDTHS[adapter_dtype] if adapter_dtype in WIDTHS else cast(torch.dtype, base.dtype), place)
     mix(base, bank)
     tenants = Tenants([source_of(store, source.sha256, bank.layers) for store in stores], bank)
     tenants.names()  # so that a folder that is no store is told now

@@ -1,5 +1,6 @@
 """`fedsb serve` as a command: it says where it listens, answers, ends when told, and refuses what cannot be."""
 
+import json
 import os
 import re
 import signal
@@ -50,3 +51,26 @@ def test_what_cannot_be_served(run: Path, tmp_path: Path, capsys: Capture) -> No
     assert "--dtype fp8: is none of auto, fp32, bf16" in complaint(capsys, "serve", str(run), "--dtype", "fp8")
     assert "cannot be read" in complaint(capsys, "serve", str(run), "--keys", str(tmp_path / "keys.toml"))
     assert "does not say what model its adapters are for; give --model" in complaint(capsys, "serve", str(tmp_path))
+
+
+def test_bench_loads_it_and_tells_how_fast_it_was(run: Path, capsys: Capture) -> None:
+    from fedsb.cli.main import app, register
+
+    register("bench")
+    with pytest.raises(SystemExit) as ended:
+        app(["bench", "serve", str(run), "--clients", "1,3", "--seconds", "1", "--tokens", "4", "--threads", "1", "--json"])
+    assert not ended.value.code
+    told = json.loads(capsys.readouterr().out)
+    assert told["models"] == 2 and [row["clients"] for row in told["rows"]] == [1, 3]
+    for row in told["rows"]:
+        assert (
+            row["errors"] == {} and row["requests"] > 0 and 0 < row["tokens_per_second"] <= 4 * row["requests_per_second"] + 1e-6
+        )
+        assert 0 < row["first_p50"] <= row["first_p99"] and 0 < row["between_p50"] <= row["between_p99"]
+
+
+def test_what_cannot_be_loaded(run: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert "there is no such folder" in complaint(capsys, "bench", "serve", str(tmp_path / "nothing"))
+    assert "does not answer as a server of models" in complaint(capsys, "bench", "serve", "http://127.0.0.1:9/v1")
+    assert "--clients x: are no numbers; write some as 1,8,32" in complaint(capsys, "bench", "serve", str(run), "--clients", "x")
+    assert "from 1 to 1024 can ask at one time" in complaint(capsys, "bench", "serve", str(run), "--clients", "0")
