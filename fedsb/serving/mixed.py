@@ -30,16 +30,22 @@ class Together:
         self.layers, self.bank, self.names = dict(layers), bank, tuple(layers)
         self.outs = [layer.out_features for layer in layers.values()]
         self._made: dict[str, tuple[Tensor, Tensor]] = {}  # layer → what it was given, and what it makes of it
+        self._apart: dict[str, Together] = {}
         self._stacked: nn.Linear | None = None
         if len(layers) > 1:
             self._stacked = _stacked(list(layers.values()))
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
         """x (n, …, in) → what that layer makes of it; packed (1, T, in) → (1, T, out)."""
+        if self._apart:
+            return self._apart[name](name, x)
         if self._stacked is None:
             return self._of(x, self.layers[name](x))
         given, made = self._made.pop(name, (None, None))
-        if given is not x or made is None:
+        if given is not None and given is not x:  # they are not given the same after all, as where one looks at an encoder
+            self._apart, self._made = {each: Together({each: layer}, self.bank) for each, layer in self.layers.items()}, {}
+            return self._apart[name](name, x)
+        if made is None:
             found = self._of(x, functional.linear(x, self._stacked.weight, self._stacked.bias)).split(self.outs, -1)
             self._made = {each: (x, y) for each, y in zip(self.names, found, strict=True)}
             made = self._made.pop(name)[1]

@@ -236,6 +236,21 @@ def test_a_batch_of_other_rows_is_a_mistake() -> None:
         layer(torch.zeros(3, 2))
 
 
+def test_layers_that_are_not_given_the_same_go_apart() -> None:
+    """As in cross attention, where q sees the decoder, and k and v the encoder."""
+    torch.manual_seed(0)
+    plain = {name: nn.Linear(6, out, bias=name != "k_proj") for name, out in (("q_proj", 4), ("k_proj", 2), ("v_proj", 2))}
+    one, other = torch.randn(2, 3, 6), torch.randn(2, 5, 6)
+    with torch.no_grad():
+        wanted = [plain["q_proj"](one), plain["k_proj"](other), plain["v_proj"](other)]
+        together = Together(plain, Bank(2))
+        for _ in range(3):
+            found = [together("q_proj", one), together("k_proj", other), together("v_proj", other)]
+            for here, there in zip(found, wanted, strict=True):
+                torch.testing.assert_close(here, there)
+        assert together._apart
+
+
 def test_every_method_has_a_form_or_a_reason() -> None:
     without = {method for method in METHODS if form_of(method) is None}
     assert without == {"bone", "bone-row", "lopa", "lora-ga", "fedex-lora", "flora-stacking", "galore"}
