@@ -50,12 +50,14 @@ def bench_serve(
         raise ConfigError(f"--clients {clients}: from 1 to 1024 can ask at one time; choose some of these")
     with _served(target, threads) as url:
         try:
-            known = asyncio.run(models_of(url, key))
+            bases, tenants = asyncio.run(models_of(url, key))
         except (httpx.HTTPError, ValueError, KeyError) as error:
             raise DeployError(
                 f"{url}: does not answer as a server of models ({error}); name one with /v1, and its --key"
             ) from None
-        asked = models.split(",") if models else known[1:] or known
+        asked = models.split(",") if models else tenants or bases
+        if not asked:
+            raise ConfigError(f"{url}: this key may ask nobody; give --key, or --models")
         rows = []
         for count in counts:
             told: dict[str, Any] = {"prompt": " ".join(["red"] * prompt), "tokens": tokens, "key": key}

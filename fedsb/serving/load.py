@@ -31,12 +31,13 @@ class Measured:
     errors: dict[str, int] = field(default_factory=dict)
 
 
-async def models_of(url: str, key: str | None = None) -> list[str]:
-    """Names that a key may ask, the base model among them. Raises httpx.HTTPError."""
+async def models_of(url: str, key: str | None = None) -> tuple[list[str], list[str]]:
+    """Names that a key may ask: base models (at most one of ours) and tenants. Raises httpx.HTTPError."""
     async with _client(url, key) as client:
         answer = await client.get("/models")
         answer.raise_for_status()
-        return [each["id"] for each in answer.json()["data"]]
+        told = answer.json()["data"]
+        return [each["id"] for each in told if not each.get("parent")], [each["id"] for each in told if each.get("parent")]
 
 
 async def drive(
@@ -82,6 +83,9 @@ async def _ask(client: httpx.AsyncClient, body: dict[str, object], found: Measur
                 if not line.startswith("data: {"):
                     continue
                 piece = json.loads(line.removeprefix("data: "))
+                if "error" in piece:
+                    found.errors["in an answer"] = found.errors.get("in an answer", 0) + 1
+                    return
                 if usage := piece.get("usage"):
                     found.tokens += usage["completion_tokens"]
                 if piece.get("choices"):

@@ -76,7 +76,7 @@ class Together:
             return y
         h = self._chosen(x, use)
         found = [
-            _factored(h, use, layer, self.layers[layer].weight) if layer in mine else h.new_zeros(len(h), out)
+            _low_rank(h, use, layer, self.layers[layer].weight) if layer in mine else h.new_zeros(len(h), out)
             for layer, out in zip(self.names, self.outs, strict=True)
         ]
         return _added(y, torch.cat(found, -1), use, self.bank.packed)
@@ -130,7 +130,7 @@ def factors(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(h, b.mT).view(*x.shape[:-1], -1).to(x.dtype)
 
 
-def _factored(x: Tensor, use: Use, layer: str, weight: Tensor) -> Tensor:
+def _low_rank(x: Tensor, use: Use, layer: str, weight: Tensor) -> Tensor:
     """x (m, in) → (m, out): what plain low-rank updates and FLoRA add."""
     parts = use.group.views[layer]
     found = x.new_empty(len(x), len(weight))

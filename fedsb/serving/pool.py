@@ -36,13 +36,11 @@ class Pool:
         else:
             self.numbers = torch.zeros(capacity * self.stride, dtype=dtype, device=device)
 
-    def view(self, layer: str, part: str, several: int = 1) -> Tensor:
-        """One part of one layer in all slots: (capacity, *shape); `several`: of so many layers from this one on, whose parts have
-        the same shape: (capacity, several, *shape)."""
+    def view(self, layer: str, part: str) -> Tensor:
+        """One part of one layer in all slots: (capacity, *shape)."""
         shape = self.shapes[layer][part]
-        whole = shape if several == 1 else (several, *shape)
-        inner = torch.empty(whole, device="meta").stride()
-        return self.numbers.as_strided((self.capacity, *whole), (self.stride, *inner), self._places[layer, part])
+        inner = torch.empty(shape, device="meta").stride()
+        return self.numbers.as_strided((self.capacity, *shape), (self.stride, *inner), self._places[layer, part])
 
     def write(self, slot: int, factors: Factors) -> None:
         """Put an adapter into a slot, by one copy."""

@@ -1,5 +1,6 @@
 """`fedsb serve` as a command: it says where it listens, answers, ends when told, and refuses what cannot be."""
 
+import asyncio
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from fedsb.serving import load
 from tests.cli.front_door import complaint
 from tests.federation.tiny import config_of, federate, save_model, save_task, table
 
@@ -67,6 +69,14 @@ def test_bench_loads_it_and_tells_how_fast_it_was(run: Path, capsys: Capture) ->
             row["errors"] == {} and row["requests"] > 0 and 0 < row["tokens_per_second"] <= 4 * row["requests_per_second"] + 1e-6
         )
         assert 0 < row["first_p50"] <= row["first_p99"] and 0 < row["between_p50"] <= row["between_p99"]
+
+
+def test_an_error_in_the_middle_of_an_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = 'data: {"choices": [{"text": "red"}]}\n\ndata: {"error": {"message": "the model failed"}}\n\n'
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, text=lines))
+    monkeypatch.setattr(load, "_client", lambda url, key: httpx.AsyncClient(base_url=url, transport=transport))
+    found = asyncio.run(load.drive("http://x/v1", ["one"], clients=2, seconds=0, prompt="x", tokens=1))
+    assert found.errors == {"in an answer": 2} and found.requests == 0
 
 
 def test_what_cannot_be_loaded(run: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -41,6 +41,7 @@ def before(running: Running) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+@pytest.mark.usefixtures("before")  # so that it is known what was said before
 def test_no_request_breaks_it(mode: GenerationMode, running: Running) -> None:
     """As its own description has them, and as it has them not: never a 5xx, and an error is always told."""
     asked: set[str] = set()

@@ -179,3 +179,18 @@ def test_what_is_not_for_this_model_or_torn_is_refused(shop: Shop, finished: tup
     with pytest.raises((StoreError, BasisError), match="this run has no such basis"):
         alone.take("client-0")
     assert shop.tenants.loaded == 2 and kept.version == 1
+
+
+def test_links_in_a_store_are_not_followed(shop: Shop, tmp_path: Path) -> None:
+    store = shop.run / "adapters"
+    (store / "client-1").rename(tmp_path / "outside")
+    (store / "client-1").symlink_to(tmp_path / "outside")
+    core = store / "client-2" / "v0001" / adapters.CORE_FILE
+    core.rename(tmp_path / "core")
+    core.symlink_to(tmp_path / "core")
+    assert shop.tenants.names() == ["client-0", "client-2"] and not shop.tenants.has("client-1")
+    with pytest.raises(StoreError, match="there is no adapter of client-1"):
+        shop.tenants.take("client-1")
+    with pytest.raises(AdapterError, match="version 1 has a link, or a file is none; publish client-2 anew"):
+        shop.tenants.take("client-2")
+    assert shop.tenants.take("client-0").version == 1

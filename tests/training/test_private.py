@@ -281,7 +281,9 @@ def test_two_runs_differ_and_the_seed_does_not_matter(case: tuple[str, PeftModel
         with torch.no_grad():
             for name, parameter in parameters_of(model).items():
                 parameter.copy_(before[name])
-        states.append(run(kind, model, examples, KeyStream(), count=1))
+        states.append(
+            run(kind, model, examples, KeyStream(), count=3)
+        )  # AdamW's first step knows signs alone, and they may agree
     assert all(not torch.equal(states[0][name], states[1][name]) for name in before)
 
 
