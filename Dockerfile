@@ -27,9 +27,9 @@ ENV PATH=/opt/fedsb/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=
     FLWR_HOME=/tmp/flower FEDSB_CACHE=/tmp/cache FEDSB_FEDERATION=/federation \
     FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
 RUN useradd --uid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin fedsb \
- && mkdir -p /federation/tls /federation/keys /federation/authority /federation/runs /superlink /joining /cache \
+ && mkdir -p /federation/tls /federation/keys /federation/authority /federation/runs /superlink /joining /cache /serving \
              /site/identity /site/policy /state /identity /data /run/fedsb /work \
- && chown -R fedsb:fedsb /federation /superlink /joining /cache /site /state /identity /data /run/fedsb
+ && chown -R fedsb:fedsb /federation /superlink /joining /cache /serving /site /state /identity /data /run/fedsb
 COPY --from=build /opt/fedsb /opt/fedsb
 USER 10001
 WORKDIR /work

@@ -72,7 +72,7 @@ def ratios(
     gathered, narrow = down[index], drawn(rows, tokens, rank)
     up_gathered = up[index]
     calls: dict[str, Callable[[], Tensor]] = {
-        "flora": lambda: batched(x, weight, a[index], b[index]),
+        "flora": lambda: batched(x, functools.partial(functional.linear, weight=weight), a[index], b[index]),
         "lora": lambda: functional.linear(x, weight) + torch.bmm(torch.bmm(x, down[index]), up[index]),
         "bmm": lambda: torch.bmm(x, gathered),
         "bmm_up": lambda: torch.bmm(narrow, up_gathered),

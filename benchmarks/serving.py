@@ -11,6 +11,7 @@ with 32, 32 at one time, in turns:
     flat_1000      1,000 tenants drawn at random by one tenant, the same number of requests
     gib_10000      memory of 10,000 tenants of rank 16, beside the base model
     load_ms        from the files of a store, in the page cache, to a slot of the bank
+    load_packed_ms from a pack (`fedsb pack`)
 
 PEFT and vLLM answer with LoRA of rank 16; ours are cores of rank 16 on one basis, which are 256 numbers a layer. Greedy; no
 request ends early.
@@ -37,6 +38,7 @@ from fedsb.basis.spectral import random_basis
 from fedsb.serving.bank import Bank, Place
 from fedsb.serving.engine import Engine, Limits, Output, Sampling
 from fedsb.serving.mixed import mix
+from fedsb.serving.packing import write_pack
 from fedsb.serving.sources import source_of
 from fedsb.serving.tenants import Tenants
 from fedsb.store import adapters
@@ -286,11 +288,16 @@ def load(options: argparse.Namespace) -> dict[str, Any]:
                 round=1,
                 task="none",
             )
-        bank = Bank(options.loads + 1, torch.bfloat16)
-        bank.layers = dict(shapes)
-        tenants = Tenants([source_of(run, MODEL.sha256, bank.layers)], bank)
-        times = [1000 * seconds(functools.partial(tenants.take, f"tenant-{seed}")) for seed in range(options.loads)]
-    return {"load_ms": figure(median(times[1:]), "ms", largest=max(times[1:]), first=times[0])}
+        pack = run / "pack"
+        write_pack(pack, [source_of(run, MODEL.sha256, shapes)], (MODEL.sha256, MODEL.name), torch.bfloat16)
+        found = {}
+        for name, path in (("load_ms", run), ("load_packed_ms", pack)):
+            bank = Bank(options.loads + 1, torch.bfloat16)
+            bank.layers = dict(shapes)
+            tenants = Tenants([source_of(path, MODEL.sha256, bank.layers)], bank)
+            times = [1000 * seconds(functools.partial(tenants.take, f"tenant-{seed}")) for seed in range(options.loads)]
+            found[name] = figure(median(times[1:]), "ms", largest=max(times[1:]), first=times[0])
+    return found
 
 
 if __name__ == "__main__":

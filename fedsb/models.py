@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from fedsb.errors import ConfigError, DiskError, ModelError
+from fedsb.quantisation import Quantised, quantisation, require_fitting
 from fedsb.sections import ModelSection
 
 SHORT_NAMES = {
@@ -110,16 +111,24 @@ def load_extractor(source: Source) -> Any:
     return extractor
 
 
-def load_model(source: Source, section: ModelSection, labels: int | None, device: torch.device) -> nn.Module:
+def load_model(
+    source: Source, section: ModelSection, labels: int | None, device: torch.device, quantised: Quantised | None = None
+) -> nn.Module:
     """The base model: frozen, in evaluation mode, on `device`. `labels`: width of a classification head."""
+    dtype = dtype_of(section.dtype, device)
+    fewer: dict[str, Any] = {}
+    if quantised:
+        fewer = {"quantization_config": quantisation(quantised, dtype, device), "device_map": {"": device}}
     with _reading(source), _quiet():
         model, info = _auto_class(section).from_pretrained(
-            source.folder, config=_config(source, labels), dtype=dtype_of(section.dtype, device), output_loading_info=True
+            source.folder, config=_config(source, labels), dtype=dtype, output_loading_info=True, **fewer
         )
+    if quantised:
+        require_fitting(model, quantised)
     missing = sorted(key for key in info["missing_keys"] if key.split(".")[0] not in HEADS)
     if missing:  # transformers would fill them with random numbers, other ones in every process
         raise _incomplete(source, missing)
-    return _frozen(model.to(device))
+    return _frozen(model if quantised else model.to(device))
 
 
 def load_encoder(source: Source) -> nn.Module:

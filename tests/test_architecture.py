@@ -17,7 +17,7 @@ FLOORS = [
         "fedsb.settings",
         "fedsb.config",
     ],
-    ["fedsb.models", "fedsb.data", "fedsb.basis", "fedsb.privacy"],
+    ["fedsb.models", "fedsb.quantisation", "fedsb.data", "fedsb.basis", "fedsb.privacy"],
     ["fedsb.adapters"],
     ["fedsb.aggregation", "fedsb.training", "fedsb.store", "fedsb.report"],
     ["fedsb.deploy", "fedsb.serving"],
@@ -37,6 +37,7 @@ SAME_FLOOR = {
     ("fedsb.config", "fedsb.validation"),
     ("fedsb.validation", "fedsb.errors"),
     ("fedsb.models", "fedsb.data"),
+    ("fedsb.models", "fedsb.quantisation"),
     ("fedsb.report", "fedsb.store"),
 }
 FLWR = {"strategies", "clients", "server", "fedsb.cli"}

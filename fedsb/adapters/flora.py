@@ -16,7 +16,7 @@ with W0 besides: at rank 1 an adapted layer costs little more than the plain one
 Averaging A and B apart is not averaging B·A, as with LoRA.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -159,23 +159,23 @@ class FloraLinear(OwnLinear):
                 rows, columns = self.trained(name).values()
                 a[at, : len(rows)], b[at, : len(rows)] = rows, self.scales[name] * columns.T
         index = torch.tensor([each.index(name) for name in names], device=x.device)
-        y = batched(x, self.base_layer.weight, a[index], b[index])
+        y = batched(x, partial(functional.linear, weight=self.base_layer.weight), a[index], b[index])
         return y if self.base_layer.bias is None else y + self.base_layer.bias
 
 
-def batched(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def batched(x: Tensor, through: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
     """Σ_j b_j∘(W0·(a_j∘x)) with vectors of its own for each row of a batch, by one product with W0.
 
     Args:
         x: (n, …, in).
-        weight: W0 (out, in).
+        through: W0·h for h (…, in) → (…, out), without a bias.
         a: (n, r, in), of each row.
         b: (n, r, out), of each row.
 
     Returns (n, …, out).
     """
     shape = (len(x), *[1] * (x.ndim - 2), a.shape[1])
-    z = functional.linear((x.unsqueeze(-2) * a.view(*shape, -1)).to(x.dtype), weight)  # (n, …, r, out)
+    z = through((x.unsqueeze(-2) * a.view(*shape, -1)).to(x.dtype))  # (n, …, r, out)
     return (z * b.view(*shape, -1)).sum(-2).to(x.dtype)
 
 

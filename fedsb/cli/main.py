@@ -1,6 +1,7 @@
 """The command `fedsb`: one file per command; a user's error is one sentence and exit code 2."""
 
 import importlib
+import logging
 import os
 import sys
 
@@ -12,6 +13,9 @@ for name, value in QUIET.items():  # before flwr is imported
 import typer  # noqa: E402
 
 from fedsb.errors import FedsbError  # noqa: E402
+
+for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):  # which tell what is for other machines, whenever PEFT sees them
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 app = typer.Typer(
     name="fedsb",
@@ -44,6 +48,8 @@ COMMANDS = {
     "supernode": "supernode",
     "metrics": "metrics",
     "serve": "serve",
+    "key": "key",
+    "pack": "pack",
     "bench": "bench",
 }  # command → its file in fedsb/cli
 

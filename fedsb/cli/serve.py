@@ -11,13 +11,15 @@ import uvicorn
 
 from fedsb.errors import ConfigError, DeployError
 from fedsb.models import device_of, load_model, load_tokenizer, locate
+from fedsb.quantisation import KINDS, Quantised
 from fedsb.sections import ModelSection
 from fedsb.serving.bank import Bank
 from fedsb.serving.engine import Engine, Limits
 from fedsb.serving.http.app import build
-from fedsb.serving.http.keys import Keys, load_keys
+from fedsb.serving.http.keys import Keys
 from fedsb.serving.http.service import Bounds, Service
 from fedsb.serving.mixed import mix
+from fedsb.serving.pack import index_of
 from fedsb.serving.sources import source_of
 from fedsb.serving.tenants import Tenants
 from server.run_folder import CONFIG, load_run
@@ -27,15 +29,18 @@ WIDTHS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def serve(
-    stores: Annotated[list[Path], typer.Argument(help="folders of runs, their adapters, or folders of LoRAs that PEFT wrote")],
+    stores: Annotated[
+        list[Path], typer.Argument(help="folders of runs, their adapters, folders of LoRAs that PEFT wrote, or packs")
+    ],
     model: Annotated[str | None, typer.Option(help="base model, as model.source; by default that of the first run")] = None,
     name: Annotated[str | None, typer.Option(help="the base model for clients; by default the last part of --model")] = None,
     dtype: Annotated[str, typer.Option(help="dtype of the base model: auto, bf16 or fp32")] = "auto",
     adapter_dtype: Annotated[str, typer.Option(help="dtype of adapters: auto (the base model's), bf16 or fp32")] = "auto",
+    quantise: Annotated[str | None, typer.Option(help="base model in int8, int4 or nf4; the extra `quantised`")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps")] = "auto",
     host: Annotated[str, typer.Option(help="address to listen on; another than the loopback takes --keys")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0 takes a free one")] = PORT,
-    keys: Annotated[Path | None, typer.Option(help="TOML file of keys (docs/operations.md); without it all may ask")] = None,
+    keys: Annotated[Path | None, typer.Option(help="file of keys, as `fedsb key` writes it; without one all may ask")] = None,
     capacity: Annotated[int, typer.Option(min=2, help="adapters in memory at the most")] = 10_000,
     requests: Annotated[int, typer.Option(min=1, help="requests answered at one time")] = 64,
     waiting: Annotated[int, typer.Option(min=0, help="requests that may wait besides; more are answered 503")] = 256,
@@ -48,19 +53,22 @@ def serve(
     for option, value, known in (("--dtype", dtype, ("auto", *WIDTHS)), ("--adapter-dtype", adapter_dtype, ("auto", *WIDTHS))):
         if value not in known:
             raise ConfigError(f"{option} {value}: is none of {', '.join(known)}; choose one")
-    known_keys = load_keys(keys) if keys else Keys([])
+    fewer: Quantised | None = next((kind for kind in KINDS if kind == quantise), None)
+    if fewer != quantise:
+        raise ConfigError(f"--quantise {quantise}: is none of {', '.join(KINDS)}; choose one")
+    known_keys = Keys(keys)
     if not known_keys.needed and not _is_loopback(host):
         raise ConfigError(f"--host {host}: whoever reaches it could ask every tenant; give --keys, or listen on 127.0.0.1")
     for store in stores:
-        if not store.is_dir():
-            raise ConfigError(f"{store}: there is no such folder; name the folder of a run, or its adapters")
+        if not store.exists():
+            raise ConfigError(f"{store}: there is no such folder; name the folder of a run, its adapters, or a pack")
     if threads:
         torch.set_num_threads(threads)
-    source = locate(_model_of(stores, model))
+    source = locate(model_of(stores, model))
     told: Literal["auto", "bf16", "fp32"] = dtype  # type: ignore[assignment]
     place = device_of(device)
     section = ModelSection.model_validate({"source": source.name, "dtype": told})
-    base, tokenizer = load_model(source, section, None, place), load_tokenizer(source)
+    base, tokenizer = load_model(source, section, None, place, fewer), load_tokenizer(source)
     bank = Bank(capacity + 1, WIDTHS[adapter_dtype] if adapter_dtype in WIDTHS else cast(torch.dtype, base.dtype), place)
     mix(base, bank)
     tenants = Tenants([source_of(store, source.sha256, bank.layers) for store in stores], bank)
@@ -69,7 +77,8 @@ def serve(
     called = name or Path(source.name).name
     service = Service(called, tokenizer, engine, tenants, known_keys, Bounds(answer=answer_tokens))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for library in ("httpx", "ContinuousBatchingLogger"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     server = _Server(
         uvicorn.Config(build(service), host=host, port=port, log_level="warning", ws="none"), called, len(tenants.names())
     )
@@ -103,9 +112,12 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _model_of(stores: list[Path], model: str | None) -> str:
+def model_of(stores: list[Path], model: str | None) -> str:
+    """The setting of the base model: as told, or of the first of the stores. Raises ConfigError if neither says one."""
     if model is not None:
         return model
+    if stores[0].is_file():
+        return index_of(stores[0]).model_name
     for run in (stores[0], stores[0].parent):
         if (run / CONFIG).exists():
             return load_run(run).model.source

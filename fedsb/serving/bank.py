@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedsb.basis.frames import Basis
 from fedsb.errors import AdapterError, StoreError
-from fedsb.serving.forms import Form, Formed, Shared, formed
+from fedsb.serving.forms import Form, Formed, Kind, Shared, formed
 from fedsb.serving.pool import Pool
 from fedsb.store.adapters import StoredAdapter
 
@@ -152,23 +152,26 @@ class Bank:
     def add(self, adapter: StoredAdapter, basis: Basis) -> Place:
         """Load an adapter. Raises AdapterError if it has none of the bank's forms, another basis, or layers that the model does
         not have; BankFull."""
-        return self.put(formed(adapter, basis), basis.fingerprint, adapter.manifest.client)
+        return self.put(formed(adapter, basis), adapter.manifest.client)
 
-    def put(self, told: Formed, basis: str, name: str) -> Place:
-        """Load an adapter that is in its form, on the basis of that fingerprint; name: its tenant. Raises as `add`."""
-        shapes = told.shapes
-        alike = tuple((layer, part, *shapes[layer][part]) for layer in sorted(shapes) for part in sorted(shapes[layer]))
-        key = told.form, basis, alike
+    def put(self, told: Formed, name: str) -> Place:
+        """Load an adapter that is in its form; name: its tenant. Raises as `add`."""
+        kind = told.kind
         with self._lock:
-            if key not in self._keys:
-                self._require(told, name)
-                pool = Pool(shapes, self.capacity, self.dtype, self.device)
-                self.groups.append(Group(told.form, told.shared, pool))
-                self._keys[key] = len(self.groups) - 1
-            return self._put(told, self._keys[key])
+            if kind.key not in self._keys:
+                self._require(kind, name)
+                pool = Pool(kind.shapes, self.capacity, self.dtype, self.device)
+                self.groups.append(Group(kind.form, kind.shared, pool))
+                self._keys[kind.key] = len(self.groups) - 1
+            return self._put(told, self._keys[kind.key])
 
-    def _require(self, told: Formed, client: str) -> None:
-        for layer, sides in told.sides.items():
+    @property
+    def taken(self) -> int:
+        """Slots that hold an adapter."""
+        return sum(self.capacity - 1 - len(group.free) for group in self.groups)
+
+    def _require(self, kind: Kind, client: str) -> None:
+        for layer, sides in kind.sides.items():
             if self.layers and self.layers.get(layer) != sides:
                 has = "does not have" if layer not in self.layers else f"has with {self.layers[layer]} and not {sides}"
                 raise AdapterError(f"the adapter of {client} is for a layer {layer}, which this model {has}")
@@ -180,7 +183,7 @@ class Bank:
                 f"{self.capacity - 1} adapters of this form are loaded already; unload one, or make the bank larger", number
             )
         slot = group.free.pop()
-        group.pool.write(slot, told.factors)
+        group.pool.write(slot, told.numbers)
         self._changes += 1
         return Place(number, slot)
 

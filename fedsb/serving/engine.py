@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from fedsb.errors import RequestError
+from fedsb.serving.attention import BY_SEQUENCE, Plan
 from fedsb.serving.bank import Bank, Place
+from fedsb.serving.prepacked import PrepackedLinear, can_prepack
+from fedsb.serving.soft_prompts import SoftEmbedding
 
 PAGE = 16  # tokens of a block of the cache
 LEAST = 1e-30  # what fp32 can still tell from 0; smaller temperatures and shares mean the same
@@ -86,6 +89,7 @@ class _Request:
     place: Place | None
     deliver: Callable[[Output], None]
     generator: torch.Generator
+    soft: Tensor | None = None
     told: int = 0
     chosen: list[Chosen] = field(default_factory=list)
 
@@ -117,7 +121,14 @@ class Engine:
             ),
         )
         self._manager.output_router = _Router(self)
-        self._manager.batch_processor = self._hook(self._manager._create_batch_processor())
+        processor = self._manager._create_batch_processor()
+        self._embedding = SoftEmbedding(model.get_input_embeddings())
+        model.set_input_embeddings(self._embedding)
+        self._head = model.get_output_embeddings()
+        if isinstance(self._head, nn.Linear) and can_prepack(self._head):
+            model.set_output_embeddings(PrepackedLinear(self._head))
+        self._own_attention = self._set_attention(processor)
+        self._manager.batch_processor = self._hook(processor)
         self._manager.start()
 
     @property
@@ -136,8 +147,22 @@ class Engine:
         room = self.limits.cache_tokens // PAGE * PAGE
         return min(room, getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or room)
 
-    def submit(self, prompt: Sequence[int], sampling: Sampling, place: Place | None, deliver: Callable[[Output], None]) -> str:
+    @property
+    def width(self) -> int:
+        """Numbers of a token's embedding."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        place: Place | None,
+        deliver: Callable[[Output], None],
+        soft: Tensor | None = None,
+    ) -> str:
         """Begin to answer; returns the request's name, for `cancel`.
+
+        soft: (m, width), embeddings that go before those of the prompt; each is a token of it.
 
         `place` must stay loaded until the last output, which has a reason. `deliver` is called from the engine's thread with each
         output; it must be quick and must not raise.
@@ -146,9 +171,10 @@ class Engine:
         """
         if not prompt:
             raise RequestError("the prompt has no tokens; write something")
-        if sampling.max_tokens < 1 or len(prompt) + sampling.max_tokens > self.longest:
+        ids = [0] * (0 if soft is None else len(soft)) + list(prompt)
+        if sampling.max_tokens < 1 or len(ids) + sampling.max_tokens > self.longest:
             raise RequestError(
-                f"{len(prompt)} tokens of prompt and {sampling.max_tokens} of answer do not fit into {self.longest}; ask for less"
+                f"{len(ids)} tokens of prompt and {sampling.max_tokens} of answer do not fit into {self.longest}; ask for less"
             )
         generator = torch.Generator(self.model.device)
         if sampling.seed is None:
@@ -161,9 +187,9 @@ class Engine:
             if len(self._requests) >= self.limits.requests + self.limits.waiting:
                 raise RequestError(f"{len(self._requests)} requests are at work or waiting already; try again later")
             name = f"request-{next(self._numbers)}"
-            self._requests[name] = _Request(name, sampling, place, deliver, generator)
+            self._requests[name] = _Request(name, sampling, place, deliver, generator, soft)
         self._manager.add_request(
-            list(prompt), name, max_new_tokens=sampling.max_tokens, streaming=True, eos_token_id=list(sampling.ends) or -1
+            ids, name, max_new_tokens=sampling.max_tokens, streaming=True, eos_token_id=list(sampling.ends) or -1
         )
         if not self.alive:  # it has ended since, and nobody would tell
             self._over(name, Output((), "error", "the engine has ended"))
@@ -179,7 +205,19 @@ class Engine:
         if self._manager.is_running():
             self._manager.stop(block=True, hard_stop=True)
         self._manager.destroy()
+        self.model.set_input_embeddings(self._embedding.base)
+        self.model.set_output_embeddings(self._head)
+        if self._own_attention:
+            self.model.set_attn_implementation("sdpa")
         self.bank.batch, self.bank.packed = [], False
+
+    def _set_attention(self, processor: Any) -> bool:
+        """Have each sequence look at its own keys alone, where SDPA multiplies all with all: on a CPU, without windows."""
+        full = set(processor.cache.cache_allocators) == {"full_attention"}
+        if self.model.device.type != "cpu" or self.model.config._attn_implementation != "sdpa" or not full:
+            return False
+        self.model.set_attn_implementation(BY_SEQUENCE)
+        return True
 
     def _hook(self, processor: Any) -> Any:
         """Let a batch processor tell us of each step, ask us for its tokens, and say who was cancelled."""
@@ -188,7 +226,12 @@ class Engine:
 
         def prepared(requests_in_batch: list[Any], *args: Any, **kwargs: Any) -> None:
             of = [self._requests[each.state.request_id] for each in requests_in_batch]
-            self.bank.pack([each.place for each in of], [each.query_length for each in requests_in_batch])
+            queries = [each.query_length for each in requests_in_batch]
+            self.bank.pack([each.place for each in of], queries)
+            before = [each.state.position_offset for each in requests_in_batch]
+            self._embedding.rows = _soft_rows([each.soft for each in of], before, queries)
+            if self._own_attention:
+                processor.cache.plan = Plan.of(queries, [a + b for a, b in zip(before, queries, strict=True)])
             self._step = [each for each, told in zip(of, requests_in_batch, strict=True) if told.has_new_token]
             prepare(requests_in_batch, *args, **kwargs)
 
@@ -252,6 +295,16 @@ class _Router:
 
     def fail_and_deliver(self, state: Any, error: Exception) -> None:
         self._engine._over(state.request_id, Output((), "error", str(error)))
+
+
+def _soft_rows(softs: Sequence[Tensor | None], before: Sequence[int], queries: Sequence[int]) -> list[tuple[int, Tensor]]:
+    """Which rows of a step are of soft prompts, of sequences with so many tokens before and so many in this step."""
+    starts = itertools.accumulate(queries, initial=0)
+    found = []
+    for start, soft, past, new in zip(starts, softs, before, queries, strict=False):
+        if soft is not None and past < len(soft):
+            found.append((start, soft[past : past + new]))
+    return found
 
 
 def _drawn(scores: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:

@@ -8,7 +8,9 @@ What a method's chain (`fedsb.adapters.method`) says decides which form an adapt
 """
 
 import functools
+import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 import torch
@@ -34,23 +36,51 @@ class Shared:
 
 
 @dataclass(frozen=True)
-class Formed:
-    """An adapter in its form. shared: layer → what is shared; empty unless the form is "core"."""
+class Kind:
+    """What adapters have in common that lie side by side.
+
+    Attributes:
+        basis: fingerprint of what is shared; "" if nothing is.
+        shared: layer → what is shared; empty unless the form is "core".
+        shapes: layer → part → shape, in order of name.
+    """
 
     form: Form
+    basis: str
     shared: dict[str, Shared]
-    factors: Factors
+    shapes: Shapes
 
-    @property
-    def shapes(self) -> Shapes:
-        """Layer → part → shape."""
-        return {layer: {part: tuple(t.shape) for part, t in parts.items()} for layer, parts in self.factors.items()}
+    @cached_property
+    def key(self) -> object:
+        """Equal of two that are the same."""
+        return self.form, self.basis, tuple((layer, *parts.items()) for layer, parts in self.shapes.items())
+
+    @cached_property
+    def size(self) -> int:
+        """Numbers of an adapter."""
+        return sum(math.prod(shape) for parts in self.shapes.values() for shape in parts.values())
 
     @property
     def sides(self) -> dict[str, tuple[int, int]]:
         """Layer → (out, in) of what it goes through."""
         found = {layer: (each.B.shape[0], each.A.shape[1]) for layer, each in self.shared.items()}
-        return found or {n: (p["B"].shape[0], p["A"].shape[1]) for n, p in self.factors.items() if not n.startswith(HEAD)}
+        return found or {n: (p["B"][0], p["A"][1]) for n, p in self.shapes.items() if not n.startswith(HEAD)}
+
+
+@dataclass(frozen=True)
+class Formed:
+    """An adapter in its form. numbers: (size,), all parts one after another, in the order of the kind's shapes."""
+
+    kind: Kind
+    numbers: Tensor
+
+    @classmethod
+    def of(cls, form: Form, factors: Factors, basis: str = "", shared: dict[str, Shared] | None = None) -> "Formed":
+        """From its parts by layer."""
+        ordered = {layer: {part: factors[layer][part] for part in sorted(factors[layer])} for layer in sorted(factors)}
+        shapes = {layer: {part: tuple(t.shape) for part, t in parts.items()} for layer, parts in ordered.items()}
+        flat = torch.cat([t.flatten() for parts in ordered.values() for t in parts.values()])
+        return cls(Kind(form, basis, shared or {}, shapes), flat)
 
 
 def form_of(method: str) -> Form | None:
@@ -91,4 +121,4 @@ def formed(adapter: StoredAdapter, basis: Basis) -> Formed:
     for name, tensor in adapter.head.items():
         module, _, part = name.rpartition(".")
         factors.setdefault(HEAD + module, {})[part] = tensor
-    return Formed(form, shared, factors)
+    return Formed.of(form, factors, basis.fingerprint if shared else "", shared)

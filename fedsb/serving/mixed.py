@@ -1,6 +1,7 @@
 """A base model whose linear layers add, for each row of a batch, the adapter of that row's tenant (`fedsb.serving.bank`)."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,42 +15,59 @@ from fedsb.errors import AdapterError
 from fedsb.models import HEADS
 from fedsb.serving.bank import Bank, Stack, Use
 from fedsb.serving.forms import HEAD
+from fedsb.serving.prepacked import PrepackedLinear, can_prepack
 
+SMALL = 500_000  # multiplications; below, oneDNN's fixed cost in bf16 is more than what it saves (docs/log.md)
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))  # are given the same input
 
 
 class Together:
     """Linear layers of the base model that are given the same input, and what the batch's tenants add to them: one product for
-    all, where there are several. Their weights become parts of one. For inference only: there are no gradients.
+    all, where there are several. Their weights become parts of one, and go where that is prepacked. For inference only: there are
+    no gradients.
 
     Args:
         layers: name → layer; several only if they are plain ones of the same inputs and dtype.
     """
 
     def __init__(self, layers: Mapping[str, nn.Linear], bank: Bank) -> None:
-        self.layers, self.bank, self.names = dict(layers), bank, tuple(layers)
+        self.bank, self.names, self._layers = bank, tuple(layers), dict(layers)
         self.outs = [layer.out_features for layer in layers.values()]
         self._made: dict[str, tuple[Tensor, Tensor]] = {}  # layer → what it was given, and what it makes of it
         self._apart: dict[str, Together] = {}
-        self._stacked: nn.Linear | None = None
-        if len(layers) > 1:
-            self._stacked = _stacked(list(layers.values()))
+        first, *more = layers.values()
+        whole = _stacked([first, *more]) if more else first
+        self._whole: nn.Module = whole
+        if can_prepack(whole):
+            self._whole, self._layers = PrepackedLinear(whole), {}
+            for layer in layers.values():
+                layer.weight = nn.Parameter(whole.weight.new_empty(0), requires_grad=False)
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
         """x (n, …, in) → what that layer makes of it; packed (1, T, in) → (1, T, out)."""
         if self._apart:
             return self._apart[name](name, x)
-        if self._stacked is None:
-            return self._of(x, self.layers[name](x))
+        if len(self.names) == 1:
+            return self._of(x, self._whole(x))
         given, made = self._made.pop(name, (None, None))
         if given is not None and given is not x:  # they are not given the same after all, as where one looks at an encoder
-            self._apart, self._made = {each: Together({each: layer}, self.bank) for each, layer in self.layers.items()}, {}
+            self._apart, self._made = {each: Together({each: layer}, self.bank) for each, layer in self.plain.items()}, {}
             return self._apart[name](name, x)
         if made is None:
-            found = self._of(x, functional.linear(x, self._stacked.weight, self._stacked.bias)).split(self.outs, -1)
+            found = self._of(x, self._whole(x)).split(self.outs, -1)
             self._made = {each: (x, y) for each, y in zip(self.names, found, strict=True)}
             made = self._made.pop(name)[1]
         return made
+
+    @property
+    def plain(self) -> dict[str, nn.Linear]:
+        """The layers one by one, with plain weights: a copy, kept from then on, where they were prepacked."""
+        if not self._layers:
+            whole: Any = self._whole
+            weights = whole.weight.split(self.outs)
+            biases = [None] * len(weights) if whole.bias is None else whole.bias.split(self.outs)
+            self._layers = {name: _linear(w, b) for name, w, b in zip(self.names, weights, biases, strict=True)}
+        return self._layers
 
     def _of(self, x: Tensor, y: Tensor) -> Tensor:
         if self.bank.rows not in (0, len(x)):
@@ -62,13 +80,14 @@ class Together:
         return y
 
     def _cored(self, x: Tensor, y: Tensor, use: Use, stack: Stack) -> Tensor:
-        a, b = stack.wide(x.dtype)
         tokens = self._chosen(x, use)
-        v = use.through(functional.linear(tokens.to(a.dtype), a).float(), stack.layers).to(a.dtype)
-        if use.take is None and v.dtype == y.dtype:
-            y.view(-1, y.shape[-1]).addmm_(v, b)
+        a, _ = stack.wide(_width(x, tokens, stack.A))
+        v = use.through(functional.linear(tokens.to(a.dtype), a).float(), stack.layers)
+        _, b = stack.wide(_width(x, v, stack.B))
+        if use.take is None and b.dtype == y.dtype:
+            y.view(-1, y.shape[-1]).addmm_(v.to(b.dtype), b)
             return y
-        return _added(y, v @ b, use, self.bank.packed)
+        return _added(y, v.to(b.dtype) @ b, use, self.bank.packed)
 
     def _factored(self, x: Tensor, y: Tensor, use: Use) -> Tensor:
         mine = [layer for layer in self.names if layer in use.group.views]
@@ -76,7 +95,7 @@ class Together:
             return y
         h = self._chosen(x, use)
         found = [
-            _low_rank(h, use, layer, self.layers[layer].weight) if layer in mine else h.new_zeros(len(h), out)
+            _low_rank(h, use, layer, self) if layer in mine else h.new_zeros(len(h), out)
             for layer, out in zip(self.names, self.outs, strict=True)
         ]
         return _added(y, torch.cat(found, -1), use, self.bank.packed)
@@ -92,7 +111,7 @@ class MixedLinear(nn.Module):
 
     def __init__(self, together: Together, name: str) -> None:
         super().__init__()
-        self.base, self.together, self.name = together.layers[name], together, name
+        self.together, self.name = together, name
 
     def forward(self, x: Tensor) -> Tensor:
         """x (n, …, in) → (n, …, out); packed (1, T, in) → (1, T, out). Raises ValueError if x has other rows than the batch."""
@@ -124,20 +143,27 @@ class MixedHead(nn.Module):
         return y
 
 
+def _width(x: Tensor, rows: Tensor, side: Tensor) -> torch.dtype:
+    """In what to multiply rows (m, k) with a side of a basis: as the model does, but small products in fp32, since bf16 has a
+    cost for each of them on a CPU."""
+    return torch.float32 if x.device.type == "cpu" and len(rows) * side.numel() <= SMALL else x.dtype
+
+
 def factors(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """B_i·A_i·x_i for each row i: x (n, …, in), a (n, r, in), b (n, out, r) → (n, …, out) in x's dtype."""
     h = torch.bmm(x.reshape(len(x), -1, x.shape[-1]).to(a.dtype), a.mT)
     return torch.bmm(h, b.mT).view(*x.shape[:-1], -1).to(x.dtype)
 
 
-def _low_rank(x: Tensor, use: Use, layer: str, weight: Tensor) -> Tensor:
+def _low_rank(x: Tensor, use: Use, layer: str, base: Together) -> Tensor:
     """x (m, in) → (m, out): what plain low-rank updates and FLoRA add."""
     parts = use.group.views[layer]
-    found = x.new_empty(len(x), len(weight))
+    found = x.new_empty(len(x), base.outs[base.names.index(layer)])
     for span in use.spans:
         a, b = parts["A"][span.slots], parts["B"][span.slots]
         h = x.view(len(span.slots), -1, x.shape[-1]) if span.take is None else x[span.take]
-        added = (factors(h, a, b) if use.group.form == "lora" else batched(h, weight, a, b.mT)).flatten(0, 1)
+        flora = use.group.form == "flora"
+        added = (batched(h, partial(_product, base.plain[layer]), a, b.mT) if flora else factors(h, a, b)).flatten(0, 1)
         if span.take is None:
             return added
         found[span.take.flatten()] = added
@@ -152,18 +178,33 @@ def _added(y: Tensor, added: Tensor, use: Use, packed: bool) -> Tensor:
     return y.index_add(1, use.take, added[None]) if packed else y.index_add(0, use.take, added.view(-1, *y.shape[1:]))
 
 
+def _product(layer: nn.Linear, x: Tensor) -> Tensor:
+    """x (…, in) → (…, out), without the bias, whatever the weights are held in."""
+    if type(layer) is nn.Linear:  # torchao's weights are tensors that know this product
+        return functional.linear(x, layer.weight)
+    y: Tensor = layer(x)
+    return y if layer.bias is None else y - layer.bias
+
+
 def _stacked(layers: Sequence[nn.Linear]) -> nn.Linear:
     """One layer whose outputs are those of several, one after another; their weights become views of its."""
     outs, first = [layer.out_features for layer in layers], layers[0].weight
-    whole = nn.Linear(layers[0].in_features, sum(outs), any(layer.bias is not None for layer in layers), device="meta")
-    whole.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in layers]), requires_grad=False)
-    if whole.bias is not None:
+    bias = None
+    if any(layer.bias is not None for layer in layers):
         none = [first.new_zeros(out) for out in outs]
-        biases = [zero if layer.bias is None else layer.bias.detach() for layer, zero in zip(layers, none, strict=True)]
-        whole.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+        bias = torch.cat([zero if layer.bias is None else layer.bias.detach() for layer, zero in zip(layers, none, strict=True)])
+    whole = _linear(torch.cat([layer.weight.detach() for layer in layers]), bias)
     for layer, weight in zip(layers, whole.weight.split(outs), strict=True):
         layer.weight = nn.Parameter(weight, requires_grad=False)
     return whole
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer
 
 
 def mix(model: Any, bank: Bank) -> Any:
@@ -206,6 +247,6 @@ def _sets(layers: Mapping[str, nn.Linear]) -> list[tuple[str, ...]]:
     for name, layer in layers.items():
         parent, _, leaf = name.rpartition(".")
         siblings = next((several for several in SIBLINGS if leaf in several), None)
-        usual = siblings and type(layer) is nn.Linear and layer.weight.is_floating_point()
+        usual = siblings and type(layer) is nn.Linear and type(layer.weight.data) is Tensor  # and not quantised
         found.setdefault((parent, siblings, layer.in_features, layer.weight.dtype) if usual else name, []).append(name)
     return [tuple(names) for names in found.values()]

@@ -6,7 +6,7 @@ import sys
 import torch
 from torch import Tensor
 
-from fedsb.serving.forms import Factors, Shapes
+from fedsb.serving.forms import Shapes
 
 NORESERVE = 0x4000 if sys.platform == "linux" else 0  # what is not written yet counts for nothing; Python names it from 3.13 on
 FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
@@ -42,10 +42,9 @@ class Pool:
         inner = torch.empty(shape, device="meta").stride()
         return self.numbers.as_strided((self.capacity, *shape), (self.stride, *inner), self._places[layer, part])
 
-    def write(self, slot: int, factors: Factors) -> None:
-        """Put an adapter into a slot, by one copy."""
-        flat = torch.cat([factors[layer][part].reshape(-1) for layer, part in self._places])
-        self.numbers[slot * self.stride :][: len(flat)].copy_(flat)
+    def write(self, slot: int, numbers: Tensor) -> None:
+        """Put an adapter into a slot, by one copy; numbers: its parts one after another, in the order of the shapes."""
+        self.numbers[slot * self.stride :][: len(numbers)].copy_(numbers)
 
     def clear(self, slot: int) -> None:
         """Make a slot zero again, and let its memory go."""

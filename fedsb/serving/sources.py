@@ -9,6 +9,7 @@ from typing import Protocol
 from fedsb.errors import AdapterError, StoreError
 from fedsb.sections import SITE_NAME
 from fedsb.serving.forms import Formed, formed
+from fedsb.serving.pack import Pack
 from fedsb.serving.peft_folder import CONFIG_FILE, WEIGHTS_FILE, read_lora
 from fedsb.store import adapters
 from fedsb.store.adapters import CORE_FILE, CURRENT_FILE, MANIFEST_FILE
@@ -30,8 +31,8 @@ class Source(Protocol):
     def version(self, name: str) -> int:
         """What it is now; another number after every change. Raises StoreError if it is not there."""
 
-    def load(self, name: str, version: int) -> tuple[Formed, str]:
-        """An adapter, and the fingerprint of its basis. Raises AdapterError, BasisError or StoreError if it cannot be used."""
+    def load(self, name: str, version: int) -> Formed:
+        """An adapter. Raises AdapterError, BasisError or StoreError if it cannot be used."""
 
 
 class Store:
@@ -53,7 +54,7 @@ class Store:
         """As `Source`."""
         return adapters.current(self.store, name)
 
-    def load(self, name: str, version: int) -> tuple[Formed, str]:
+    def load(self, name: str, version: int) -> Formed:
         """As `Source`."""
         if not all(_plain(self.store, f"{name}/v{version:04d}/{file}") for file in (CORE_FILE, MANIFEST_FILE)):
             raise AdapterError(f"{self.store / name}: version {version} has a link, or a file is none; publish {name} anew")
@@ -67,7 +68,7 @@ class Store:
         if stored.head:
             raise AdapterError(f"the adapter of {name} has a classification head, and this server generates text")
         basis = self._basis(self.store.parent, manifest.basis_fingerprint)
-        return formed(stored, basis), basis.fingerprint
+        return formed(stored, basis)
 
 
 class Folders:
@@ -98,13 +99,18 @@ class Folders:
         except OSError:
             raise StoreError(f"{self.root}: has no adapter {name}; name one of its folders") from None
 
-    def load(self, name: str, version: int) -> tuple[Formed, str]:
+    def load(self, name: str, version: int) -> Formed:
         """As `Source`; whatever the version, what is there now."""
-        return Formed("lora", {}, read_lora(self.root / name, self.sides)), ""
+        return Formed.of("lora", read_lora(self.root / name, self.sides))
 
 
 def source_of(path: Path, model: str, sides: Sides) -> Source:
-    """The adapters of a run (its folder, or its `adapters`), or folders that PEFT wrote. Raises StoreError if it is neither."""
+    """The adapters of a run (its folder, or its `adapters`), folders that PEFT wrote, or a pack.
+
+    Raises StoreError if it is none of these, and AdapterError if it is a pack for another base model.
+    """
+    if path.is_file():
+        return Pack(path, model)
     store = path / "adapters" if (path / "adapters").is_dir() else path
     if not store.is_dir():
         raise StoreError(f"{path}: there is no such folder; name the folder of a run, its adapters, or one of PEFT's folders")

@@ -111,15 +111,15 @@ class Tenants:
         return next((source for source in self.sources if source.has(name)), None)
 
     def _load(self, source: Source, name: str, version: int) -> _Held:
-        place = self._put(name, *source.load(name, version))
+        place = self._put(name, source.load(name, version))
         self._retire(name)
         self._held[name] = _Held(version, place)
         return self._held[name]
 
-    def _put(self, name: str, told: Formed, basis: str) -> Place:
+    def _put(self, name: str, told: Formed) -> Place:
         while True:
             try:
-                return self.bank.put(told, basis, name)
+                return self.bank.put(told, name)
             except BankFull as full:
                 idle = next((n for n, held in self._held.items() if not held.users and held.place.group == full.group), None)
                 if idle is None:

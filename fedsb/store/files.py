@@ -151,6 +151,15 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def stamp_of(path: Path) -> tuple[int, int, int] | None:
+    """What is another for every change of a file, whether written over or replaced; None: it is not there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino, found.st_size
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 (hex) of a file's bytes. Raises StoreError if it is missing or unreadable."""
     try:

@@ -24,3 +24,10 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert len(lines) == 1 and lines[0].startswith("fedsb: "), printed.err
     assert printed.out == ""
     return lines[0].removeprefix("fedsb: ")
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that must work, and return what it printed."""
+    capsys.readouterr()
+    assert call(*arguments) == 0
+    return capsys.readouterr().out

@@ -51,6 +51,8 @@ def test_what_cannot_be_served(run: Path, tmp_path: Path, capsys: Capture) -> No
     assert "there is no such folder; name the folder of a run" in complaint(capsys, "serve", str(tmp_path / "nothing"))
     assert "give --keys, or listen on 127.0.0.1" in complaint(capsys, "serve", str(run), "--host", "0.0.0.0")
     assert "--dtype fp8: is none of auto, fp32, bf16" in complaint(capsys, "serve", str(run), "--dtype", "fp8")
+    assert "--quantise int3: is none of int8, int4, nf4; choose one" in complaint(capsys, "serve", str(run), "--quantise", "int3")
+    assert "int4 multiplies in bf16 alone" in complaint(capsys, "serve", str(run), "--dtype", "fp32", "--quantise", "int4")
     assert "cannot be read" in complaint(capsys, "serve", str(run), "--keys", str(tmp_path / "keys.toml"))
     assert "does not say what model its adapters are for; give --model" in complaint(capsys, "serve", str(tmp_path))
 

@@ -124,17 +124,20 @@ def test_a_site_elsewhere_runs_what_a_site_of_the_whole_runs() -> None:
 def test_the_walls_of_the_whole() -> None:
     file = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
     services, networks = file["services"], file["networks"]
-    assert {name for name, network in networks.items() if not network.get("internal")} == {"outside", "monitoring"}
+    assert {name for name, network in networks.items() if not network.get("internal")} == {"outside", "monitoring", "serving"}
     on = {name: set(service.get("networks", ())) for name, service in services.items()}
     assert {name for name in on if {"inside", "outside"} <= on[name]} == {"gateway"}
-    assert {name for name, service in services.items() if "ports" in service} == {"gateway", "metrics"}
+    assert {name for name, service in services.items() if "ports" in service} == {"gateway", "metrics", "serve"}
     assert services["metrics"]["ports"] == ["${FEDSB_METRICS:-127.0.0.1:9464}:9464"]
     assert on["superlink"] == on["server-executor"] == {"inside"}
+    assert services["serve"]["ports"] == ["${FEDSB_SERVE:-127.0.0.1:8001}:8000"] and on["serve"] == {"serving"}
+    assert all(volume.endswith(":ro") for volume in services["serve"]["volumes"])
     holders = {
         place: {n for n, s in services.items() if any(v.startswith(f"{place}:") for v in s["volumes"])}
         for place in file["volumes"]
     }
     assert holders["authority"] == {"setup", "fedsb"}
+    assert holders["serving"] == {"serve", "fedsb"}
     assert holders["keys"] == {"setup", "fedsb", "gateway", "superlink"}
     assert services["gateway"]["cap_add"] == ["NET_BIND_SERVICE"] and sum("cap_add" in s for s in services.values()) == 1
     assert services["setup"]["network_mode"] == "none"

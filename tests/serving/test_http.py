@@ -20,7 +20,7 @@ from fedsb.models import load_tokenizer
 from fedsb.serving.engine import Engine, Limits
 from fedsb.serving.http.answers import Stopper
 from fedsb.serving.http.app import build
-from fedsb.serving.http.keys import Keys, load_keys
+from fedsb.serving.http.keys import Keys
 from fedsb.serving.http.service import Bounds, Service
 from fedsb.store import adapters
 from tests.federation.tiny import config_of, federate, save_model, save_task, table
@@ -64,7 +64,7 @@ class Running:
     """A server in a thread."""
 
     def __init__(self, shop: Shop, keys: Keys | None = None, limits: Limits | None = None, bounds: Bounds | None = None) -> None:
-        self.shop = shop
+        self.shop, self._clients = shop, list[openai.OpenAI]()
         self.engine = Engine(shop.model, shop.bank, limits or Limits(8, 32, 1024, 32))
         self.service = Service("base", load_tokenizer(shop.source), self.engine, shop.tenants, keys, bounds or Bounds(answer=40))
         self.server = uvicorn.Server(uvicorn.Config(build(self.service), port=0, log_level="error", ws="none"))
@@ -77,7 +77,8 @@ class Running:
         self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
 
     def client(self, key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=30)
+        self._clients.append(openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=30))
+        return self._clients[-1]
 
     def post(self, path: str, body: Any, key: str = "none") -> httpx.Response:
         return httpx.post(f"{self.url}{path}", json=body, headers={"Authorization": f"Bearer {key}"}, timeout=30)
@@ -90,6 +91,8 @@ class Running:
         return not self.engine.running and not any(held.users for held in self.shop.tenants._held.values())
 
     def close(self) -> None:
+        for client in self._clients:
+            client.close()
         self.server.should_exit = True
         self._thread.join(30)
         assert not self._thread.is_alive()
@@ -110,7 +113,7 @@ def running(shop: Shop) -> Iterator[Running]:
 
 @pytest.fixture
 def locked(shop: Shop, tmp_path: Path) -> Iterator[Running]:
-    found = Running(shop, load_keys(key_file(tmp_path)))
+    found = Running(shop, Keys(key_file(tmp_path)))
     yield found
     found.close()
 
@@ -359,7 +362,7 @@ def test_health_readiness_and_figures(running: Running) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("", "key is missing; set it"),
+        ("", "has no keys; make one with"),
         ("[[key]]\nname = 'x'", "key.0.sha256 is missing; set it"),
         ("[[key]]\nname = 'x'\nsha256 = 'abc'", "key.0.sha256 = 'abc' will not do: string should match pattern"),
         ("[[key]]\nname = 'x'\nsha256 = '{0}'\nmore = 1".replace("{0}", "a" * 64), "key.0.more is not a setting"),
@@ -370,6 +373,6 @@ def test_health_readiness_and_figures(running: Running) -> None:
 def test_key_files_that_are_wrong(content: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "keys.toml").write_text(content)
     with pytest.raises(ConfigError, match=said):
-        load_keys(tmp_path / "keys.toml")
+        Keys(tmp_path / "keys.toml")
     with pytest.raises(ConfigError, match="cannot be read"):
-        load_keys(tmp_path / "missing.toml")
+        Keys(tmp_path / "missing.toml")

@@ -2,7 +2,7 @@
 come and go."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,14 @@ RANK = 3
 LAYERS = {"model.layers.0.self_attn.q_proj": (32, 32), "model.layers.1.mlp.down_proj": (32, 48)}
 
 
-def adapter(method: str, basis: Basis, seed: int, rank: int = RANK, scale: float = 1.0) -> StoredAdapter:
-    """A random adapter of a method for `LAYERS`."""
+Layers = Mapping[str, tuple[int, int]]
+
+
+def adapter(method: str, basis: Basis, seed: int, rank: int = RANK, scale: float = 1.0, layers: Layers = LAYERS) -> StoredAdapter:
+    """A random adapter of a method."""
     draw = torch.Generator().manual_seed(seed)
     state = {}
-    for layer, (out, in_) in LAYERS.items():
+    for layer, (out, in_) in layers.items():
         sizes = {"r": rank, "in": in_, "out": out, "h": 2}
         for part, letters in METHODS[method].parts.items():
             state[f"{layer}.{part}"] = 0.3 * torch.randn([sizes[letter] for letter in letters], generator=draw)
@@ -55,9 +58,9 @@ def adapter(method: str, basis: Basis, seed: int, rank: int = RANK, scale: float
     return StoredAdapter(state, manifest)
 
 
-def basis_of(method: str, seed: int = 0) -> Basis:
+def basis_of(method: str, seed: int = 0, layers: Layers = LAYERS) -> Basis:
     rank = RANK * (2 if METHODS[method].heads else 1)
-    return random_basis(LAYERS, rank, seed) if METHODS[method].frames == ("B", "A") else Basis({}, {}, {})
+    return random_basis(layers, rank, seed) if METHODS[method].frames == ("B", "A") else Basis({}, {}, {})
 
 
 def dense(model: Any, stored: StoredAdapter, basis: Basis) -> Any:

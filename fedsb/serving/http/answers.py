@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tokenizers.decoders import DecodeStream
+from torch import Tensor
 
 from fedsb.serving.engine import Chosen, Engine, Output, Sampling
 from fedsb.serving.tenants import Lease, Tenants
@@ -62,6 +63,7 @@ async def answered(
     sampling: Sampling,
     leases: Sequence[Lease | None],
     stops: Sequence[str],
+    soft: Tensor | None = None,
 ) -> AsyncIterator[Piece]:
     """Pieces of as many answers as there are leases, as they come; with a seed, the i-th answer is drawn with seed + i.
 
@@ -87,7 +89,7 @@ async def answered(
         for index, lease in enumerate(leases):
             seeded = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + index)
             place = lease.place if lease else None
-            names.append(engine.submit(prompt, seeded, place, deliverer(index, lease)))
+            names.append(engine.submit(prompt, seeded, place, deliverer(index, lease), soft))
             begun += 1
         over: set[int] = set()
         while len(over) < len(leases):

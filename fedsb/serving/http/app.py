@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from jinja2 import TemplateError
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
+from torch import Tensor
 
 from fedsb.errors import FedsbError, RequestError, StoreError
 from fedsb.serving.bank import BankFull
@@ -27,6 +28,7 @@ from fedsb.serving.http.keys import Key
 from fedsb.serving.http.schemas import AdapterAsked, Asked, ChatAsked, CompletionAsked
 from fedsb.serving.http.service import BUSY_SECONDS, Refused, Service, error_body, unknown
 from fedsb.serving.http.telling import Kind, Told
+from fedsb.serving.soft_prompts import decoded
 
 log = logging.getLogger(__name__)
 
@@ -160,6 +162,15 @@ def _rendered(tokenizer: Any, asked: ChatAsked) -> list[int]:
     return ids
 
 
+def _soft(asked: Asked, width: int) -> Tensor | None:
+    if asked.prompt_embeds is None:
+        return None
+    try:
+        return decoded(asked.prompt_embeds, width)
+    except RequestError as error:
+        raise Refused(400, str(error), "invalid_request") from None
+
+
 async def _answer(
     service: Service,
     key: Key,
@@ -172,19 +183,21 @@ async def _answer(
 ) -> Response:
     if not ids:
         raise Refused(400, "prompt: has no tokens; write something", "invalid_request")
-    room = service.engine.longest - len(ids)
+    soft = _soft(asked, service.engine.width)
+    length = len(ids) + (0 if soft is None else len(soft))
+    room = service.engine.longest - length
     wanted = min(service.bounds.answer, max(room, 1)) if most is None else most
     if wanted > service.bounds.answer or wanted > room:
         raise Refused(
             400,
-            f"{len(ids)} tokens of prompt and {wanted} of answer: an answer may have {service.bounds.answer} tokens, and both "
+            f"{length} tokens of prompt and {wanted} of answer: an answer may have {service.bounds.answer} tokens, and both "
             f"together {service.engine.longest}",
             "context_length_exceeded",
         )
     sampling = Sampling(wanted, asked.temperature, asked.top_p, asked.seed, logprobs, service.ends)
     leases = await asyncio.get_running_loop().run_in_executor(None, service.leases, key, asked.model, asked.n)
-    pieces = answered(service.engine, service.tenants, service.tokenizer, ids, sampling, leases, asked.stops)
-    watched = _watched(service, pieces, len(ids))
+    pieces = answered(service.engine, service.tenants, service.tokenizer, ids, sampling, leases, asked.stops, soft)
+    watched = _watched(service, pieces, length)
     try:
         first = await anext(watched)  # so that what cannot be taken has a status of its own
     except RequestError as error:
@@ -192,7 +205,7 @@ async def _answer(
     except EngineFailed as error:
         log.error("an answer failed: %s", error)
         raise Refused(500, "the model failed; the server's log says why", "internal") from None
-    told = Told(service, asked, kind, logprobs is not None, len(ids))
+    told = Told(service, asked, kind, logprobs is not None, length)
     if asked.stream:
         return StreamingResponse(
             told.streamed(first, watched), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}

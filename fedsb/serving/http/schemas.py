@@ -43,6 +43,9 @@ class Asked(Strict):
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    prompt_embeds: str | None = Field(
+        None, description="a soft prompt before the text: base64 of a safetensors file with a tensor `prompt` (tokens, width)"
+    )
     user: str | None = Field(None, description="passed over")
     frequency_penalty: Literal[0] = 0
     presence_penalty: Literal[0] = 0

@@ -55,6 +55,9 @@ class Figures:
         )
         Gauge("fedsb_serve_running", "Requests at work or waiting.", **told).set_function(lambda: engine.running)
         Gauge("fedsb_serve_adapters_loaded", "Adapters in memory.", **told).set_function(lambda: tenants.loaded)
+        Gauge("fedsb_serve_slots_taken", "Adapters in memory, with old versions that are still in use.", **told).set_function(
+            lambda: tenants.bank.taken
+        )
         for kind in ("prompt", "answer"):
             self.tokens.labels(kind)
 
@@ -66,7 +69,7 @@ class Service:
         self, base: str, tokenizer: Any, engine: Engine, tenants: Tenants, keys: Keys | None = None, bounds: Bounds | None = None
     ) -> None:
         self.base, self.tokenizer, self.engine, self.tenants = base, tokenizer, engine, tenants
-        self.keys, self.bounds = keys or Keys([]), bounds or Bounds()
+        self.keys, self.bounds = keys or Keys(), bounds or Bounds()
         self.figures = Figures(engine, tenants)
         self.began = int(time.time())
         told = getattr(engine.model.generation_config, "eos_token_id", None)
