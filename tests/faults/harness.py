@@ -198,6 +198,14 @@ class Run:
         except AssertionError as error:
             raise AssertionError(self.federation.fedsb("logs", self.config.name).stdout) from error
 
+    def server(self) -> psutil.Process:
+        """The ServerApp at work on it, waited for: the one that holds its folder open.
+
+        Flower may have started another, which leaves: a start that takes long is tried again.
+        """
+        parent = psutil.Process(self.federation.pid("server-executor"))
+        return until(lambda: next(_holding(parent.children(recursive=True), self.folder), None), f"a process holds {self.folder}")
+
     def round_begins(self, number: int) -> None:
         """Wait until the questions of a round go out."""
         self.wait("stage", title=f"round {number}/{self.config.federation.rounds}")
@@ -264,6 +272,28 @@ def assert_whole(folder: Path, config: RunConfig) -> None:
             adapters.load(folder / "adapters", client, version)
     known = {"config.toml", "events.jsonl", "summary.json", "checkpoints", "basis", "adapters"}
     assert {path.name for path in folder.iterdir()} == known
+
+
+def kill(process: psutil.Process) -> None:
+    """kill -9, and wait until it is gone: one that waits for the disk goes on living until it has been served."""
+    process.kill()
+    until(lambda: _gone(process), f"{process} is gone")
+
+
+def _gone(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _holding(candidates: list[psutil.Process], folder: Path) -> Iterator[psutil.Process]:
+    wanted = str(folder.resolve())
+    for process in candidates:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            descriptors = list(Path(f"/proc/{process.pid}/fd").iterdir())
+            if any(os.path.realpath(descriptor) == wanted for descriptor in descriptors):
+                yield process
 
 
 def _named(candidates: list[psutil.Process], name: str) -> Iterator[psutil.Process]:

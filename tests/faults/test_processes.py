@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.faults.harness import LONG, SECONDS, SITES, Federation, Run, until
+from tests.faults.harness import LONG, SECONDS, SITES, Federation, Run, kill, until
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
 EVERYBODY = {1: set(SITES), 2: set(SITES)}
@@ -52,7 +52,7 @@ def test_a_serverapp_killed_while_it_writes_a_checkpoint(federation: Federation,
     run = federation.start("serverapp", federation={"rounds": 3})
     folder = run.folder / "checkpoints"
     run.wait("round", round=1)
-    server = federation.app("server-executor", "flwr-serverapp")
+    server = run.server()
     staged = re.compile(r"\.round-\d+\..*\.tmp")
 
     def caught() -> bool:
@@ -66,12 +66,12 @@ def test_a_serverapp_killed_while_it_writes_a_checkpoint(federation: Federation,
         return False
 
     until(caught, "a checkpoint is being written", poll=0.0002)
-    server.kill()
+    kill(server)
     done = len([name for name in os.listdir(folder) if not name.startswith(".")])
     assert any(staged.fullmatch(name) for name in os.listdir(folder))
     federation.fedsb("resume", "serverapp", "--detach")
     run.wait("round", round=done + 1)
-    federation.app("server-executor", "flwr-serverapp").kill()
+    kill(run.server())
     assert "its ServerApp is gone; stopped" in federation.fedsb("resume", "serverapp").stderr
     assert [event["round"] for event in run.events("resumed")] == [done, done + 1]
     assert [event["round"] for event in run.events("round")] == [1, 2, 3]
