@@ -92,8 +92,14 @@ def form_of(method: str) -> Form | None:
     return "flora" if says.multiplies else "core" if says.frames == ("B", "A") else "lora"
 
 
-def formed(adapter: StoredAdapter, basis: Basis) -> Formed:
-    """An adapter in its form. Raises AdapterError if it has none (`form_of` says why), or another basis."""
+Known: TypeAlias = dict[object, Kind]  # by what adapters are that are used just as they are stored
+
+
+def formed(adapter: StoredAdapter, basis: Basis, known: Known | None = None) -> Formed:
+    """An adapter in its form. known: filled in, and what spares the work for the next adapter that is alike.
+
+    Raises AdapterError if it has no form (`form_of` says why), or another basis.
+    """
     manifest = adapter.manifest
     says, form = METHODS[manifest.method], form_of(manifest.method)
     if form is None or says.chain is None:
@@ -101,6 +107,10 @@ def formed(adapter: StoredAdapter, basis: Basis) -> Formed:
     if manifest.basis_fingerprint != basis.fingerprint:
         raise AdapterError(f"the adapter of {manifest.client} was trained on another basis; load the basis of its own run")
     cut = basis.cut(manifest.rank) if says.nested and basis.rank and manifest.rank < basis.rank else basis
+    alike = manifest.method, manifest.rank, manifest.scale, basis.fingerprint, tuple(manifest.shapes.items())
+    if known and alike in known:
+        return Formed(known[alike], adapter.numbers)
+    as_stored = known is not None
     shared: dict[str, Shared] = {}
     factors: Factors = {}
     narrow = form == "core" and says.expand is None
@@ -110,15 +120,22 @@ def formed(adapter: StoredAdapter, basis: Basis) -> Formed:
             first, *between, last = says.chain(parts, b, a, manifest.scale)
             if b is None or a is None or first is not b or last is not a:
                 raise AdapterError(f"the adapter of {manifest.client} does not go through its basis; train it again")
+            as_stored &= len(between) == 1 and between[0] is parts.get("core")
             core = between[0] if len(between) == 1 else functools.reduce(torch.matmul, [each.double() for each in between])
             room = basis.B[layer].shape[1] - core.shape[0]
             factors[layer] = {"core": torch.nn.functional.pad(core, (0, room, 0, room)) if room else core}
+            as_stored &= not room
             shared[layer] = Shared(basis.B[layer], basis.A[layer])
         else:
+            as_stored = False
             wide_b, wide_a = (None if side is None else side.double() for side in (b, a))
             *before, last = says.chain(parts, wide_b, wide_a, manifest.scale)
             factors[layer] = {"A": last, "B": functools.reduce(torch.matmul, before)}
+    as_stored &= list(adapter.layers) == sorted(adapter.layers) and not adapter.head
     for name, tensor in adapter.head.items():
         module, _, part = name.rpartition(".")
         factors.setdefault(HEAD + module, {})[part] = tensor
-    return Formed.of(form, factors, basis.fingerprint if shared else "", shared)
+    made = Formed.of(form, factors, basis.fingerprint if shared else "", shared)
+    if known is not None and as_stored:
+        known[alike] = made.kind
+    return made

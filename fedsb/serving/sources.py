@@ -8,7 +8,7 @@ from typing import Protocol
 
 from fedsb.errors import AdapterError, StoreError
 from fedsb.sections import SITE_NAME
-from fedsb.serving.forms import Formed, formed
+from fedsb.serving.forms import Formed, Known, formed
 from fedsb.serving.pack import Pack
 from fedsb.serving.peft_folder import CONFIG_FILE, WEIGHTS_FILE, read_lora
 from fedsb.store import adapters
@@ -41,6 +41,7 @@ class Store:
     def __init__(self, store: Path, model: str) -> None:
         self.store, self.model = store, model
         self._basis = lru_cache(maxsize=BASES)(load_basis)
+        self._known: Known = {}
 
     def names(self) -> list[str]:
         """As `Source`."""
@@ -68,7 +69,7 @@ class Store:
         if stored.head:
             raise AdapterError(f"the adapter of {name} has a classification head, and this server generates text")
         basis = self._basis(self.store.parent, manifest.basis_fingerprint)
-        return formed(stored, basis)
+        return formed(stored, basis, self._known)
 
 
 class Folders:

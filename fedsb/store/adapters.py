@@ -122,6 +122,11 @@ class StoredAdapter:
             raise AdapterError(f"the adapter of {manifest.client} does not say its seed or layers; publish it anew")
         return expand(wide, manifest.sides, manifest.rank, manifest.seed)
 
+    @functools.cached_property
+    def numbers(self) -> Tensor:
+        """All of its state, one after another in its order: (n,)."""
+        return _numbers(self.state)
+
     @property
     def head(self) -> dict[str, Tensor]:
         """Head parameters by their name in the base model, e.g. `classifier.weight`."""
@@ -153,7 +158,7 @@ def publish(
     the store is as before.
     """
     folder = _folder(store, client)
-    _check(state, method, rank, f"the adapter of {client}")
+    _check(state, _numbers(state), method, rank, f"the adapter of {client}")
     with _turn(folder):
         version = max(_versions(folder), default=0) + 1
         with staged_folder(folder / f"v{version:04d}") as staged:
@@ -202,7 +207,7 @@ def load(store: Path, client: str, version: int | None = None) -> StoredAdapter:
         raise AdapterError(
             f"{folder}: is not what was published (missing, torn or changed); publish {client} anew, or name another version"
         )
-    _check(stored.state, stored.manifest.method, stored.manifest.rank, str(folder))
+    _check(stored.state, stored.numbers, stored.manifest.method, stored.manifest.rank, str(folder))
     return stored
 
 
@@ -270,6 +275,7 @@ def _turn(folder: Path) -> Iterator[None]:
         yield
 
 
+@functools.cache
 def _named(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -288,16 +294,27 @@ def _read(folder: Path) -> StoredAdapter | None:
 
 
 def _described(state: Mapping[str, Tensor], manifest: Manifest) -> bool:
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    return shapes == manifest.shapes and {name: _named(tensor.dtype) for name, tensor in state.items()} == manifest.dtypes
+    shapes, dtypes = manifest.shapes, manifest.dtypes
+    return (
+        state.keys() == shapes.keys() == dtypes.keys()
+        and all(tensor.shape == shapes[name] for name, tensor in state.items())
+        and all(_named(tensor.dtype) == dtypes[name] for name, tensor in state.items())
+    )
 
 
-def _check(state: Mapping[str, Tensor], method: str, rank: int, where: str) -> None:
-    """Refuse a state of another method, without layers, with half a layer, of another rank or dtype, or with NaN or infinity."""
+def _numbers(state: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in state.values()]) if state else torch.empty(0)
+
+
+def _check(state: Mapping[str, Tensor], numbers: Tensor, method: str, rank: int, where: str) -> None:
+    """Refuse a state of another method, without layers, with half a layer, of another rank or dtype, or with NaN or infinity.
+
+    numbers: all of the state, which is many small tensors, one after another.
+    """
     if method not in METHODS:
         raise AdapterError(f"{where}: is of the method {method!r}, which this version does not have; update fedsb")
-    kinds = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in state.items())
-    if fault := _fault(kinds, method, rank) or _not_finite(state):
+    kinds = tuple((name, tensor.shape, tensor.dtype) for name, tensor in state.items())
+    if fault := _fault(kinds, method, rank) or _not_finite(state, numbers):
         raise AdapterError(f"{where}: {fault}")
 
 
@@ -312,7 +329,7 @@ def _fault(kinds: tuple[tuple[str, tuple[int, ...], torch.dtype], ...], method: 
             if part not in says.parts:
                 return f"{name} is neither {' nor '.join(says.parts)} nor a head parameter; train it again"
             if not says.fits(part, shape, rank):
-                return f"{name} has shape {shape} where rank {rank} is said; train it again"
+                return f"{name} has shape {tuple(shape)} where rank {rank} is said; train it again"
         if dtype != torch.float32:
             return f"{name} is {_named(dtype)} instead of float32; train it again"
     if not found:
@@ -321,9 +338,9 @@ def _fault(kinds: tuple[tuple[str, tuple[int, ...], torch.dtype], ...], method: 
     return None if torn is None else f"{torn} lacks a part; train it first"
 
 
-def _not_finite(state: Mapping[str, Tensor]) -> str | None:
-    """Whether there is NaN or infinity. All are looked at together first, since they are many and small."""
-    if bool(torch.cat([tensor.flatten() for tensor in state.values()]).isfinite().all()):
+def _not_finite(state: Mapping[str, Tensor], numbers: Tensor) -> str | None:
+    """Whether there is NaN or infinity. All are looked at together first."""
+    if bool(numbers.isfinite().all()):
         return None
     name = next(name for name, tensor in state.items() if not tensor.isfinite().all())
     return f"{name} holds NaN or infinity; train it again"

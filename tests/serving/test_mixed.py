@@ -1,6 +1,7 @@
 """Batches in which every row has a tenant of its own: against the dense sum, one tenant at a time, in any order, while others
 come and go."""
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from fedsb.adapters.lora_sb import LORA_SB
 from fedsb.adapters.methods import METHODS
 from fedsb.basis.frames import Basis
 from fedsb.basis.spectral import random_basis
 from fedsb.cli.evaluate import evaluated
 from fedsb.errors import AdapterError, StoreError
 from fedsb.serving.bank import Bank, Place
-from fedsb.serving.forms import form_of
+from fedsb.serving.forms import Known, form_of, formed
 from fedsb.serving.mixed import MixedLinear, Together, mix
 from fedsb.store.adapters import Manifest, ModelId, StoredAdapter
 from tests.adapters.samples import llama
@@ -217,6 +219,28 @@ def test_memory_is_taken_by_what_is_there_and_given_back() -> None:
     for place in places:
         bank.remove(place)
     assert resident() - before < full - (60 << 20)
+
+
+@pytest.mark.parametrize("method", ["lora-sb", "lora-xs", "nested-sb", "ravan", "refreshed-sb", "lora", "dylora", "flora"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_next_adapter_that_is_alike_has_the_same_form(method: str, order: int) -> None:
+    """Whether or not others were formed before it: also of another scale or rank, and with layers in another order."""
+    known: Known = {}
+    bases = [basis_of(method, seed) for seed in (0, 1)]
+    for seed, (basis, scale, rank) in enumerate(itertools.product(bases, (1.0, 0.5), (RANK, RANK, RANK - 1))):
+        stored = adapter(method, basis, seed, rank, scale, dict(list(LAYERS.items())[::order]))
+        shapes = {name: tuple(tensor.shape) for name, tensor in stored.state.items()}
+        stored = StoredAdapter(stored.state, stored.manifest.model_copy(update={"shapes": shapes}))
+        try:
+            wanted = formed(stored, basis)
+        except (RuntimeError, AdapterError) as error:  # another rank where the method has no such
+            with pytest.raises(type(error)):
+                formed(stored, basis, known)
+            continue
+        for found in (formed(stored, basis, known), formed(stored, basis, known)):
+            assert torch.equal(found.numbers, wanted.numbers)
+            assert (found.kind.key, found.kind.shared) == (wanted.kind.key, wanted.kind.shared)
+    assert bool(known) == (form_of(method) == "core" and METHODS[method].chain is LORA_SB.chain and order == 1)
 
 
 def test_a_full_bank_and_what_does_not_belong_are_refused() -> None:
