@@ -29,6 +29,7 @@ app = typer.Typer(
 COMMANDS = {
     "simulate": "simulate",
     "compare": "compare",
+    "report": "report",
     "evaluate": "evaluate",
     "export": "export",
     "personalise": "personalise",

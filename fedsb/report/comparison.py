@@ -89,7 +89,7 @@ def line_of(summary: Mapping[str, Any], identity: Mapping[str, str], personal: b
 def sentence_of(line: Mapping[str, Any]) -> str:
     """A result in half a line, for people."""
     score = line["scores"]["global"]
-    match, loss = (_spread(score[what], None) for what in SCORES)
+    match, loss = (spread(score[what], None) for what in SCORES)
     return f"exact match {match}, loss {loss}, {human_seconds(line['seconds'])}"
 
 
@@ -171,8 +171,8 @@ def comparison_table(rows: Sequence[Row]) -> Table:
         table.add_column(head, justify="left" if head == "method" else "right")
     for row in rows:
         own = [
-            _spread(row.personal_exact_match, row.personal_exact_match_sd),
-            _spread(row.personal_loss, row.personal_loss_sd),
+            spread(row.personal_exact_match, row.personal_exact_match_sd),
+            spread(row.personal_loss, row.personal_loss_sd),
         ]
         table.add_row(
             f"{row.name} {FRONT}" if row.front else row.name,
@@ -181,8 +181,8 @@ def comparison_table(rows: Sequence[Row]) -> Table:
             f"{row.trainable_parameters:,}",
             *map(human_bytes, (row.bytes_basis, row.bytes_up, row.bytes_down)),
             "-" if row.aggregation_error is None else f"{row.aggregation_error:.1e}",
-            _spread(row.exact_match, row.exact_match_sd),
-            _spread(row.loss, row.loss_sd),
+            spread(row.exact_match, row.exact_match_sd),
+            spread(row.loss, row.loss_sd),
             *(own if personal else []),
             human_seconds(row.seconds),
             human_bytes(row.peak_memory),
@@ -219,7 +219,8 @@ def _deviation(values: Sequence[float | None]) -> float | None:
     return statistics.stdev(known) if len(known) == len(values) > 1 else None
 
 
-def _spread(mean: float | None, deviation: float | None) -> str:
+def spread(mean: float | None, deviation: float | None) -> str:
+    """A mean and its standard deviation, for people."""
     if mean is None:
         return "-"
     return f"{mean:.3f}" if deviation is None else f"{mean:.3f} ± {deviation:.3f}"
