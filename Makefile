@@ -39,8 +39,8 @@ check: setup ## format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: setup ## every benchmark, one after another; each ends with one JSON object
-	@for name in aggregate simulation basis train_step private_step privacy_audit secure_sum warm_trainer wire_bytes capacity serving; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+bench: setup ## every benchmark, one after another, into benchmarks/results and benchmarks/RESULTS.md; goes on where it was stopped
+	$(BIN)/python -m benchmarks.everything
 
 clean: ## remove the environment and what tools leave behind
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .hypothesis
