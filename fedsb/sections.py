@@ -283,6 +283,22 @@ class RuntimeSection(Section):
     progress: Literal["auto", "bars", "lines", "none"] = Field("auto", description="how progress is shown")
 
 
+Tracker = Literal["tensorboard", "mlflow", "wandb"]
+
+
+class TrackSection(Section):
+    """`[track]`: where the server also tells of a run; nothing here changes what is computed, so a resumed run may change it."""
+
+    to: tuple[Tracker, ...] = Field(
+        (),
+        strict=False,
+        description="trackers, each an extra of this package: `tensorboard` (files in the run's folder), `mlflow` (the server "
+        "that MLFLOW_TRACKING_URI names), `wandb` (WANDB_MODE, WANDB_API_KEY and the like say where). They get what "
+        "`events.jsonl` says, clients' names included",
+    )
+    project: str = Field("fedsb", min_length=1, description="the experiment of MLflow, or the project of Weights & Biases")
+
+
 class CompareSection(Section):
     """`[compare]`: what `fedsb compare` runs and sets side by side; no other command takes it."""
 

@@ -38,6 +38,7 @@ from fedsb.sections import (
     Section,
     SiteName,
     StrategySection,
+    TrackSection,
     TrainSection,
 )
 
@@ -58,6 +59,7 @@ class Settings(Section):
     privacy: PrivacySection = Field(default_factory=lambda: PrivacySection.model_validate({}))
     evaluation: EvaluationSection = Field(default_factory=lambda: EvaluationSection.model_validate({}))
     runtime: RuntimeSection = Field(default_factory=lambda: RuntimeSection.model_validate({}))
+    track: TrackSection = Field(default_factory=lambda: TrackSection.model_validate({}))
 
     @model_validator(mode="before")
     @classmethod

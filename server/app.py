@@ -20,6 +20,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedsb.config import RunConfig
 from fedsb.report.journal import Journal
 from fedsb.report.screen import screen
+from fedsb.report.trackers import trackers
 from fedsb.store.files import write_json
 from server.federation import Federation
 from server.personal import evaluate, personalise
@@ -35,8 +36,12 @@ def main(grid: Grid, context: Context) -> None:
     """Run the federation that the run config names: `config` (a path or JSON), `set`, `out`, `resume`, `home`."""
     config, folder, resume = read_run_config(context)
     home = str(context.run_config.get("home", ""))
-    with run_folder(folder, config, resume), contextlib.closing(screen(config.runtime.progress)) as show:
-        federate(config, grid, folder, Journal(folder / "events.jsonl", show), Path(home) if home else None)
+    with (
+        run_folder(folder, config, resume),
+        contextlib.closing(screen(config.runtime.progress)) as show,
+        contextlib.closing(Journal(folder / "events.jsonl", show, trackers(config, folder))) as journal,
+    ):
+        federate(config, grid, folder, journal, Path(home) if home else None)
 
 
 def federate(config: RunConfig, grid: Grid, folder: Path, journal: Journal, home: Path | None = None) -> None:

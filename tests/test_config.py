@@ -273,11 +273,11 @@ CONFIG = RunConfig.model_validate(tomllib.loads(FULL))
 
 
 @pytest.mark.parametrize("path", _leaves(CONFIG), ids=lambda path: ".".join(map(str, path)))
-def test_the_digest_depends_on_everything_but_speed_and_patience(path: tuple[str | int, ...]) -> None:
+def test_the_digest_depends_on_everything_but_speed_patience_and_trackers(path: tuple[str | int, ...]) -> None:
     changed = _changed(CONFIG, path)
     assert isinstance(changed, RunConfig) and changed != CONFIG
     patience = ("wait_seconds", "round_seconds", "strikes")
-    assert (changed.digest() == CONFIG.digest()) == (path[0] == "runtime" or path[-1] in patience)
+    assert (changed.digest() == CONFIG.digest()) == (path[0] in ("runtime", "track") or path[-1] in patience)
 
 
 def test_every_setting_has_a_description() -> None:
@@ -302,7 +302,7 @@ def test_a_classification_from_before_heads_were_standardised_is_another_run() -
     """The digest is what a run is resumed by; of causal runs nothing changed."""
 
     def written(config: RunConfig) -> str:
-        content = config.model_dump(mode="json", exclude={"runtime"}, exclude_defaults=True)
+        content = config.model_dump(mode="json", exclude={"runtime", "track"}, exclude_defaults=True)
         return hashlib.sha256(json.dumps({k: v for k, v in content.items() if v != {}}, sort_keys=True).encode()).hexdigest()
 
     table: dict[str, Any] = {"name": "a", "data": {"tasks": [{"name": "words", "source": "jsonl:words"}]}}

@@ -27,7 +27,7 @@ CONFIGURATION = """\
 A run is one TOML file that holds only what differs from the defaults below; `fedsb simulate FILE` runs it, and
 `--set section.key=value` changes one setting for one run. An unknown key, a wrong type or a contradiction ends the command
 before anything is written, with the key and what to do. The configuration as resolved lies in the run's `config.toml`; a
-run is resumed only with the same one, `[runtime]` aside.
+run is resumed only with the same one, `[runtime]` and `[track]` aside.
 
 This page is made by `python -m fedsb.cli.reference configuration`.
 """

@@ -106,6 +106,8 @@ def sentence(event: dict[str, Any]) -> str:
             return f"round {event['round']}: {event['client']} was cut off: enough others had answered"
         case "silent":
             return f"round {event['round']}: {event['client']} did not answer in time"
+        case "untracked":
+            return f"{event['tracker']} is told no more of this run: {event['reason']}"
         case "kept":
             return f"{event['client']} keeps its personal adapter to itself"
         case "personalised":
