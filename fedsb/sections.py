@@ -280,7 +280,11 @@ class RuntimeSection(Section):
 
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to compute")
     threads: NaturalInt = Field(0, description="CPU threads of torch; 0 leaves torch's choice")
-    progress: Literal["auto", "bars", "lines", "none"] = Field("auto", description="how progress is shown")
+    progress: Literal["auto", "bars", "lines", "json", "none"] = Field(
+        "auto",
+        description="how progress is shown: `bars`, plain `lines`, `json` (the events of events.jsonl), `none`; `auto`: bars on "
+        "a terminal, lines elsewhere",
+    )
 
 
 Tracker = Literal["tensorboard", "mlflow", "wandb"]

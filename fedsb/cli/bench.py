@@ -14,9 +14,12 @@ from typing import Annotated, Any
 import httpx
 import typer
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
+from fedsb.cli.options import Quiet, stopped
 from fedsb.errors import ConfigError, DeployError
+from fedsb.report.units import human_seconds
 from fedsb.serving.load import Measured, drive, models_of
 
 bench = typer.Typer(name="bench", help="How fast something is, here and now.", no_args_is_help=True)
@@ -39,7 +42,8 @@ def bench_serve(
     models: Annotated[str | None, typer.Option(help="names to ask, by default all but the base model")] = None,
     key: Annotated[str | None, typer.Option(help="of the server", envvar="FEDSB_KEY")] = None,
     threads: Annotated[int, typer.Option(min=0, help="of the server that is started; 0 leaves torch's choice")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Load a server, each request another tenant drawn at random, and print throughput and latency."""
     try:
@@ -58,15 +62,30 @@ def bench_serve(
         asked = models.split(",") if models else tenants or bases
         if not asked:
             raise ConfigError(f"{url}: this key may ask nobody; give --key, or --models")
-        rows = []
-        for count in counts:
-            told: dict[str, Any] = {"prompt": " ".join(["red"] * prompt), "tokens": tokens, "key": key}
-            asyncio.run(drive(url, asked, clients=count, seconds=0, **told))  # a first request of each, to warm it up
-            rows.append((count, asyncio.run(drive(url, asked, clients=count, seconds=seconds, **told))))
-    if as_json:
+        rows: list[tuple[int, Measured]] = []
+        told: dict[str, Any] = {"prompt": " ".join(["red"] * prompt), "tokens": tokens, "key": key}
+        try:
+            with _progress(quiet or json_) as progress:
+                for number, count in enumerate(counts):
+                    left = (len(counts) - number) * seconds
+                    task = progress.add_task(f"{count} clients, about {human_seconds(left)} left", total=None)
+                    asyncio.run(drive(url, asked, clients=count, seconds=0, **told))  # a first request of each, to warm it up
+                    rows.append((count, asyncio.run(drive(url, asked, clients=count, seconds=seconds, **told))))
+                    progress.remove_task(task)
+        except KeyboardInterrupt:
+            if rows and not json_:
+                Console().print(_table(rows, len(asked)))
+            stopped(f"{len(rows)} of {len(counts)} rows were measured; a row is not gone on with")
+    if json_:
         print(json.dumps({"models": len(asked), "rows": [{"clients": count, **figures(each)} for count, each in rows]}))
     else:
         Console().print(_table(rows, len(asked)))
+
+
+def _progress(silent: bool) -> Progress:
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, disable=silent or not console.is_terminal)
 
 
 def figures(measured: Measured) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,8 +13,10 @@ from rich.console import Console
 
 from fedsb.cli.compare_plan import Comparison, Run, identify, load_comparison
 from fedsb.cli.compare_run import run_apart
+from fedsb.cli.compare_screen import Silence, compare_screen
+from fedsb.cli.options import Json, Quiet, command, say, stopped
 from fedsb.errors import ConfigError, FederationError, StoreError
-from fedsb.report.comparison import Row, best_of, comparison_table, csv_of, key_of, line_of, row_of, sentence_of, with_front
+from fedsb.report.comparison import Row, best_of, comparison_table, csv_of, key_of, line_of, row_of, with_front
 from fedsb.report.plots import write_plots
 from fedsb.store.files import append_line, clean_leftovers, read_events, write_file, write_json
 from server.run_folder import alone
@@ -34,6 +35,8 @@ def compare(
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="override a setting; may be repeated")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the comparison, gone on with; by default runs/NAME")] = None,
+    json_: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run each method with each seed, after trying learning rates on a validation split, and print them side by side."""
     numbers = _seeds(seeds)
@@ -43,16 +46,17 @@ def compare(
     plan.check()
     try:
         with _opened(folder, plan):
-            lines = Runner(folder, plan).lines()
+            with contextlib.closing(compare_screen(plan.size, json_=json_, quiet=quiet)) as screen:
+                lines = Runner(folder, plan, screen).lines()
             rows = with_front([row_of(name, lines[name]) for name in lines])
-            _report(folder, rows, lines)
+            _keep(folder, rows, lines)
+            if json_:
+                say("table", {"folder": str(folder), "rows": [vars(row) for row in rows]})
+            else:
+                _show(folder, rows, lines)
     except KeyboardInterrupt:
-        given = {"--methods": methods, "--seeds": seeds, "--out": out}
-        options = [text for name, value in given.items() if value is not None for text in (name, str(value))]
-        changes = [text for change in set_ or [] for text in ("--set", change)]
-        command = shlex.join(["fedsb", "compare", str(config), *options, *changes])
-        print(f"fedsb: stopped; go on with `{command}`", file=sys.stderr)
-        raise typer.Exit(130) from None
+        again = command("compare", config, methods=methods, seeds=seeds, out=out, changes=set_)
+        stopped(f"go on with `{again}`")
 
 
 class Runner:
@@ -63,11 +67,10 @@ class Runner:
             as it is there, and its run's folder is below `runs/`.
     """
 
-    def __init__(self, folder: Path, plan: Comparison) -> None:
-        self._folder, self._plan = folder, plan
+    def __init__(self, folder: Path, plan: Comparison, screen: Silence) -> None:
+        self._folder, self._plan, self._screen = folder, plan, screen
         self._known = {name: {line["key"]: line for line in read_events(folder / name)} for name in (RESULTS, TUNING)}
         self._done = 0
-        self._all = sum(len(plan.tried(name)) + len(plan.seeds) for name in plan.tables)
 
     def lines(self) -> Lines:
         """Name → the lines of its runs, one a seed. Rates come first, then seed by seed, so that what is there early has all."""
@@ -96,23 +99,21 @@ class Runner:
         key = key_of(identity)
         if key in self._known[file]:
             return self._labelled(self._known[file][key], run)
-        title = f"[{self._done}/{self._all}] {run.title}"
-        print(title, flush=True)
+        self._screen.begin(self._done, run.title)
         folder = self._folder / "runs" / f"{run.name}-{run.config.seed}-{key[:12]}"
         told = {"key": key, "name": run.name, "factor": run.factor, "learning_rate": run.rate, "run": folder.name}
         try:
-            summary = run_apart(run.config, folder)
+            summary = run_apart(run.config, folder, self._screen.hear)
         except FederationError as error:
             if file == RESULTS:
                 raise FederationError(f"{run.title}: {error}") from None
             line = {**told, "seed": run.config.seed, "fingerprints": identity, "failed": str(error)}
-            print(f"{title}: failed: {error}", flush=True)
         else:
             if summary["data"]["sha256"] != identity["data"]:
                 raise StoreError(f"{folder}: its data changed while it ran; remove that folder and run the same command again")
             line = {**line_of(summary, identity, run.config.personal.steps > 0), **told}
-            print(f"{title}: {sentence_of(line)}", flush=True)
         append_line(self._folder / file, json.dumps(line))
+        self._screen.done(self._done, run.title, line)
         self._known[file][key] = line
         return line
 
@@ -122,19 +123,24 @@ class Runner:
         return {**line, "name": run.name, "factor": run.factor, "learning_rate": run.rate}
 
 
-def _report(folder: Path, rows: Sequence[Row], lines: Lines) -> None:
-    """Print the table, and write it and its plots down."""
-    console = Console(width=None if Console().is_terminal else 200)
-    console.print(comparison_table(rows))
+def _keep(folder: Path, rows: Sequence[Row], lines: Lines) -> None:
+    """Write the table and its plots down."""
     runs = [line for each in lines.values() for line in each]
-    if (states := len({line["code"]["sha256"] for line in runs})) > 1:
-        console.print(f"these results come from {states} states of the code; {RESULTS} says which", highlight=False)
     write_file(folder / "table.csv", csv_of(rows).encode())
     write_json(folder / "table.json", {"rows": [vars(row) for row in rows], "runs": runs})
     try:
         write_plots(folder, rows, lines)
     except ConfigError as error:
         print(f"fedsb: {error}", file=sys.stderr)
+
+
+def _show(folder: Path, rows: Sequence[Row], lines: Lines) -> None:
+    """Print the table."""
+    console = Console(width=None if Console().is_terminal else 200)
+    console.print(comparison_table(rows))
+    runs = [line for each in lines.values() for line in each]
+    if (states := len({line["code"]["sha256"] for line in runs})) > 1:
+        console.print(f"these results come from {states} states of the code; {RESULTS} says which", highlight=False)
     console.print(f"table and plots: {folder}", highlight=False, soft_wrap=True)
 
 

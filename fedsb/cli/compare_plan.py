@@ -72,6 +72,11 @@ class Comparison:
         """Of the learning rates; tried if there are two or more."""
         return self.section.rates or (1.0,)
 
+    @property
+    def size(self) -> int:
+        """How many runs there are."""
+        return sum(len(self.tried(name)) + len(self.seeds) for name in self.tables)
+
     def tried(self, name: str) -> list[Run]:
         """The runs on the validation split, one a factor; none if there is nothing to choose."""
         if len(self.factors) < 2:

@@ -3,11 +3,13 @@
 The process is `python -m fedsb.cli.compare_run FOLDER`, with the configuration as JSON at its standard input.
 """
 
+import contextlib
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,9 @@ MISTAKE, FAILED, STOPPED = 2, 3, 130  # exit codes
 DONE = "data"  # what only the summary of a finished run has
 
 
-def run_apart(config: RunConfig, folder: Path) -> dict[str, Any]:
+def run_apart(config: RunConfig, folder: Path, hear: Callable[[str], None] = print) -> dict[str, Any]:
     """Run a federation, or what is left of it, in a process of its own; returns its summary.json. A finished one is not repeated.
+    `hear` gets each line that it prints.
 
     Raises FederationError if it ends without a result, FedsbError for whatever else is wrong with it; on KeyboardInterrupt
     the process is interrupted too, and waited for.
@@ -31,13 +34,21 @@ def run_apart(config: RunConfig, folder: Path) -> dict[str, Any]:
         return summary
     with tempfile.TemporaryFile("w+") as errors:
         command = [sys.executable, "-m", "fedsb.cli.compare_run", str(folder)]
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+        child = subprocess.Popen(command, **pipes, text=True, start_new_session=True)
+        assert child.stdin and child.stdout
         try:
-            child.communicate(config.to_json())
+            with contextlib.suppress(BrokenPipeError), child.stdin:  # one that ends at once says why
+                child.stdin.write(config.to_json())
+            for line in child.stdout:
+                hear(line.rstrip("\n"))
+            child.wait()
         except KeyboardInterrupt:
             child.send_signal(signal.SIGINT)  # which, in a session of its own, it has not got from the terminal
             child.wait()
             raise
+        finally:
+            child.stdout.close()
         errors.seek(0)
         said = errors.read()
     if child.returncode == 0:

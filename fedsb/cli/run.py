@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedsb.cli.options import Json, Quiet, say, told
 from fedsb.cli.up import HOME, HomeOption
 from fedsb.config import RunConfig
 from fedsb.deploy import processes
@@ -39,6 +40,8 @@ def run(
     ] = None,
     home: HomeOption = HOME,
     detach: Annotated[bool, typer.Option("--detach", help="return as soon as it is started")] = False,
+    json_: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run a federation on its sites, show its progress, and end with the table of `fedsb simulate`."""
     chosen = RunConfig.load(config, set_ or [])
@@ -51,13 +54,15 @@ def run(
             )
         _start(place, chosen, resume=False)
     if not detach:
-        _follow(place, chosen)
+        _follow(place, told(chosen, json_, quiet), json_=json_)
 
 
 def resume(
     name: Name = "",
     home: HomeOption = HOME,
     detach: Annotated[bool, typer.Option("--detach", help="return as soon as it is started")] = False,
+    json_: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Go on with a run from its last finished round; also one whose ServerApp was killed, before the server has noticed."""
     place = running(home)
@@ -70,7 +75,7 @@ def resume(
         _bury(place, name)
         _start(place, chosen, resume=True)
     if not detach:
-        _follow(place, chosen, before)
+        _follow(place, told(chosen, json_, quiet), before, json_=json_)
 
 
 def stop(name: Name = "", home: HomeOption = HOME) -> None:
@@ -159,8 +164,8 @@ def _start(place: Home, chosen: RunConfig, *, resume: bool) -> None:
         )
     folder = (place.runs / chosen.name).resolve()
     values = place.folder / "values" / f"{chosen.name}.toml"
-    told = {"config": chosen.to_json(), "out": str(folder), "home": str(place.folder.resolve()), "resume": resume}
-    write_file(values, tomli_w.dumps(told).encode())
+    content = {"config": chosen.to_json(), "out": str(folder), "home": str(place.folder.resolve()), "resume": resume}
+    write_file(values, tomli_w.dumps(content).encode())
     number = Flower(place).run(place.write_app(), values)
     before = {name: other for name, other in place.started().items() if name != chosen.name}
     place.write_started(before | {chosen.name: number})
@@ -186,7 +191,7 @@ def _running(flower: Flower, number: str) -> dict[str, Any] | None:
     return None if entry is None or str(entry["status"]).startswith(ENDED) else entry
 
 
-def _follow(place: Home, chosen: RunConfig, shown: int = 0) -> None:
+def _follow(place: Home, chosen: RunConfig, shown: int = 0, *, json_: bool = False) -> None:
     """Show a run's events as they come, from number `shown` on. Raises FederationError with what the server said, if it fails."""
     folder, number, flower = place.runs / chosen.name, place.started()[chosen.name], Flower(place)
     show, asked = screen(chosen.runtime.progress), time.monotonic()
@@ -208,7 +213,11 @@ def _follow(place: Home, chosen: RunConfig, shown: int = 0) -> None:
         again = f", and `fedsb resume {chosen.name}` goes on from its last finished round" if folder.exists() else ""
         why = _reason(flower.log(number), state)
         raise FederationError(f"{chosen.name}: {why}; `fedsb logs {chosen.name}` shows everything{again}")
-    show_summary(json.loads((folder / "summary.json").read_text()), str(folder / "adapters"))
+    summary = json.loads((folder / "summary.json").read_text())
+    if json_:
+        say("summary", {"folder": str(folder), **summary})
+    else:
+        show_summary(summary, str(folder / "adapters"))
 
 
 def _state(flower: Flower, number: str) -> str:

@@ -1,14 +1,15 @@
 """`fedsb serve`: adapters of many tenants behind one model, by OpenAI's HTTP interface."""
 
 import ipaddress
-import logging
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import typer
 import uvicorn
 
+from fedsb.cli.options import Json, Quiet, stopped
+from fedsb.cli.serve_screen import ServeScreen
 from fedsb.errors import ConfigError, DeployError
 from fedsb.models import device_of, load_model, load_tokenizer, locate
 from fedsb.quantisation import KINDS, Quantised
@@ -48,6 +49,8 @@ def serve(
     step_tokens: Annotated[int, typer.Option(min=16, help="tokens of one step; a longer prompt takes several")] = 512,
     answer_tokens: Annotated[int, typer.Option(min=1, help="tokens of an answer at the most")] = 1024,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 leaves torch's choice")] = 0,
+    json_: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Serve stores' adapters and their base model until stopped; `model` in a request is a tenant's name."""
     for option, value, known in (("--dtype", dtype, ("auto", *WIDTHS)), ("--adapter-dtype", adapter_dtype, ("auto", *WIDTHS))):
@@ -64,7 +67,8 @@ def serve(
             raise ConfigError(f"{store}: there is no such folder; name the folder of a run, its adapters, or a pack")
     if threads:
         torch.set_num_threads(threads)
-    source = locate(model_of(stores, model))
+    source, screen = locate(model_of(stores, model)), ServeScreen(json_=json_, quiet=quiet)
+    screen.loading(source.name)
     told: Literal["auto", "bf16", "fp32"] = dtype  # type: ignore[assignment]
     place = device_of(device)
     section = ModelSection.model_validate({"source": source.name, "dtype": told})
@@ -76,33 +80,36 @@ def serve(
     engine = Engine(base, bank, Limits(requests, step_tokens, cache_tokens, waiting))
     called = name or Path(source.name).name
     service = Service(called, tokenizer, engine, tenants, known_keys, Bounds(answer=answer_tokens))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    for library in ("httpx", "ContinuousBatchingLogger"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-    server = _Server(
-        uvicorn.Config(build(service), host=host, port=port, log_level="warning", ws="none"), called, len(tenants.names())
-    )
+
+    async def look() -> None:
+        screen.look(service)
+
+    told_to: dict[str, Any] = {"log_level": "warning", "callback_notify": look, "timeout_notify": screen.seconds}
+    server = _Server(uvicorn.Config(build(service), host=host, port=port, ws="none", **told_to), service, screen)
     try:
         server.run()
     except SystemExit:
         raise DeployError(f"cannot listen on {host}, port {port}; choose another --host or --port") from None
+    except KeyboardInterrupt:
+        stopped("requests at work have been answered; the same command serves again")
     finally:
+        screen.close()
         engine.close()
 
 
 class _Server(uvicorn.Server):
     """Says where it listens once it does."""
 
-    def __init__(self, config: uvicorn.Config, called: str, tenants: int) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, screen: ServeScreen) -> None:
         super().__init__(config)
-        self._says = f"{called} and {tenants} tenants"
+        self._service, self._screen = service, screen
 
     async def startup(self, sockets: object = None) -> None:
         """As uvicorn's."""
         await super().startup(sockets)  # type: ignore[arg-type]
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
-            print(f"serving {self._says} on http://{host}:{port}/v1", flush=True)
+            self._screen.ready(self._service.base, len(self._service.tenants.names()), f"http://{host}:{port}/v1")
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,6 +1,5 @@
 """`fedsb simulate`: a whole federation in this process."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +7,7 @@ import typer
 from flwr.app import Context, RecordDict, UserConfig
 
 from clients.app import app as client_app
+from fedsb.cli.options import Json, Quiet, command, say, stopped, told
 from fedsb.config import RunConfig
 from fedsb.data.fingerprint import data_fingerprint
 from fedsb.errors import ConfigError
@@ -24,17 +24,21 @@ def simulate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the run; by default runs/NAME")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last finished round")] = False,
+    json_: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run a whole federation on this machine: train, aggregate, personalise, score."""
-    run = RunConfig.load(config, set_ or [])
+    run = told(RunConfig.load(config, set_ or []), json_, quiet)
     check_clients(run, str(config))
     folder = out or Path("runs") / run.name
     try:
         summary = simulated(run, folder, resume)
     except KeyboardInterrupt:
-        print(f"fedsb: stopped; go on with `fedsb simulate {config} --out {folder} --resume`", file=sys.stderr)
-        raise typer.Exit(130) from None
-    show_summary(summary, str(folder / "adapters"))
+        stopped(f"go on with `{command('simulate', config, out=folder, changes=set_)} --resume`")
+    if json_:
+        say("summary", {"folder": str(folder), **summary})
+    else:
+        show_summary(summary, str(folder / "adapters"))
 
 
 def check_clients(run: RunConfig, where: str) -> None:

@@ -39,8 +39,8 @@ class Journal:
     def tell(self, event: str, **fields: Any) -> None:
         """Write an event down; texts, which a site may have written, on one line each. Raises DiskError."""
         texts = {key: one_line(value) if isinstance(value, str) else value for key, value in fields.items()}
-        entry = {"time": round(time.time(), 3), "event": event, **texts}
-        append_line(self.path, json.dumps(_writable(entry)))
+        entry = _writable({"time": round(time.time(), 3), "event": event, **texts})
+        append_line(self.path, json.dumps(entry))
         self.screen.show(entry)
         for tracker in self._trackers:
             tracker.show(entry)

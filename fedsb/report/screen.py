@@ -1,6 +1,9 @@
-"""Progress on the screen: bars where there is a terminal, plain lines where there is none."""
+"""Progress on the screen: bars where there is a terminal, plain lines where there is none, JSON for programs."""
 
+import json
+import statistics
 import sys
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -25,16 +28,42 @@ class Lines:
     """One plain line for each event that matters, flushed at once."""
 
     def __init__(self, write: Callable[[str], None] = lambda text: print(text, flush=True)) -> None:
-        self._write = write
+        self._write, self._pace = write, Pace()
 
     def show(self, event: dict[str, Any]) -> None:
         """Print an event."""
         text = sentence(event)
         if text:
-            self._write(text)
+            self._write(text + self._pace.left(event))
 
     def close(self) -> None:
         """Nothing to close."""
+
+
+class JsonLines:
+    """Each event as it stands in `events.jsonl`, flushed at once."""
+
+    def show(self, event: dict[str, Any]) -> None:
+        """Print an event."""
+        print(json.dumps(event), flush=True)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class Pace:
+    """How long the rounds that are to come will take, by the median of the last five."""
+
+    def __init__(self) -> None:
+        self._seconds: deque[float] = deque(maxlen=5)
+
+    def left(self, event: dict[str, Any]) -> str:
+        """What to add to the line of a finished round; "" for other events, and after the last round."""
+        if event["event"] != "round":
+            return ""
+        self._seconds.append(event["seconds"])
+        rounds = event["rounds"] - event["round"]
+        return f", about {human_seconds(rounds * statistics.median(self._seconds))} left" if rounds else ""
 
 
 class Bars:
@@ -53,6 +82,7 @@ class Bars:
         )
         self._progress.start()
         self._task: TaskID | None = None
+        self._pace = Pace()
 
     def show(self, event: dict[str, Any]) -> None:
         """Move the bar, or print what is done."""
@@ -65,7 +95,8 @@ class Bars:
             self._progress.update(self._task, advance=1, note=note)
         elif text := sentence(event):
             self._drop()
-            self._progress.console.print(text, highlight=False, markup=False)  # a site may have written part of it
+            line = text + self._pace.left(event)
+            self._progress.console.print(line, highlight=False, markup=False)  # a site may have written part of it
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -119,9 +150,9 @@ def sentence(event: dict[str, Any]) -> str:
             return ""
 
 
-def screen(kind: Literal["auto", "bars", "lines", "none"]) -> Screen:
+def screen(kind: Literal["auto", "bars", "lines", "json", "none"]) -> Screen:
     """The screen that a configuration asks for; `auto` looks whether there is a terminal."""
     if kind == "auto":
         kind = "bars" if sys.stderr.isatty() else "lines"
-    kinds: dict[str, Callable[[], Screen]] = {"bars": Bars, "lines": Lines, "none": Silent}
+    kinds: dict[str, Callable[[], Screen]] = {"bars": Bars, "lines": Lines, "json": JsonLines, "none": Silent}
     return kinds[kind]()

@@ -11,8 +11,11 @@ def human_bytes(count: float) -> str:
 
 
 def human_seconds(seconds: float) -> str:
-    """Seconds below two minutes, minutes above: 4.2 s, 3 min 05 s."""
-    return f"{seconds:.1f} s" if seconds < 120 else f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+    """Seconds below two minutes, minutes below two hours, hours above: 4.2 s, 3 min 05 s, 2 h 10 min."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def one_line(text: str, most: int = 500) -> str:

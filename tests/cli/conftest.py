@@ -65,7 +65,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     """Runs happen in this process, which starts faster; what was run, in order."""
     found: list[RunConfig] = []
 
-    def here(config: RunConfig, folder: Path) -> dict[str, Any]:
+    def here(config: RunConfig, folder: Path, hear: object = None) -> dict[str, Any]:
         found.append(config)
         session.open_session.cache_clear()
         run_here(config, folder)

@@ -20,7 +20,7 @@ from fedsb.cli import doctor
 from fedsb.deploy import certs
 from fedsb.deploy.site_folder import make_site
 from fedsb.store.basis_files import load_basis
-from fedsb.store.files import read_json
+from fedsb.store.files import read_events, read_json
 from fedsb.store.tensors import load_tensors
 from tests.cli.front_door import call
 from tests.federation.tiny import (
@@ -92,10 +92,26 @@ def test_ctrl_c_says_how_to_go_on(toml: Path, tmp_path: Path, capsys: Capture, m
 
     out = tmp_path / "run"
     monkeypatch.setattr("clients.session.Session.train", stop)
-    assert call("simulate", str(toml), "--out", str(out)) == 130
-    assert capsys.readouterr().err == f"fedsb: stopped; go on with `fedsb simulate {toml} --out {out} --resume`\n"
+    changed = ("--set", "federation.rounds=1", "--set", "personal.steps=0")
+    assert call("simulate", str(toml), "--out", str(out), *changed) == 130
+    again = f"simulate {toml} --out {out} {' '.join(changed)} --resume"
+    assert capsys.readouterr().err == f"fedsb: stopped; go on with `fedsb {again}`\n"
     monkeypatch.undo()
-    assert call("simulate", str(toml), "--out", str(out), "--resume") == 0
+    assert call(*again.split()) == 0
+
+
+def test_programs_get_json_lines_and_who_wants_quiet_only_the_result(toml: Path, tmp_path: Path, capsys: Capture) -> None:
+    command = ("simulate", str(toml), "--set", "federation.rounds=1")
+    assert call(*command, "--out", str(tmp_path / "a"), "--json") == 0
+    *told, last = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert told == read_events(tmp_path / "a" / "events.jsonl") and told[-1]["event"] == "end"
+    assert last == {"event": "summary", "folder": str(tmp_path / "a"), **read_json(tmp_path / "a" / "summary.json")}
+    assert call(*command, "--out", str(tmp_path / "b"), "--json", "--quiet") == 0
+    (only,) = capsys.readouterr().out.splitlines()
+    assert json.loads(only)["event"] == "summary"
+    assert call(*command, "--out", str(tmp_path / "c"), "--quiet") == 0
+    printed = capsys.readouterr().out
+    assert "exact match and loss" in printed and "round 1/1" not in printed
 
 
 def test_evaluate_says_what_the_summary_says(run: Path, capsys: Capture) -> None:

@@ -1,6 +1,7 @@
 """`fedsb compare` on a tiny federation: two methods and two seeds, stopped, gone on with, tuned, and asked for the impossible."""
 
 import csv
+import io
 import json
 import shutil
 import sys
@@ -40,7 +41,7 @@ def finished(comparison: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A finished comparison; tests that change it copy it first."""
     folder = tmp_path_factory.mktemp("finished") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "run_apart", lambda config, run: (run_here(config, run), read_json(run / "summary.json"))[1])
+        patch.setattr(compare, "run_apart", lambda config, run, hear: (run_here(config, run), read_json(run / "summary.json"))[1])
         assert call("compare", str(comparison), "--out", str(folder)) == 0
     return folder
 
@@ -97,6 +98,21 @@ def test_csv_json_and_screen_agree(comparison: Path, finished: Path, ran: list[R
     assert any(row["front"] for row in rows)
 
 
+def test_programs_get_a_line_for_each_run_and_the_table_last(
+    comparison: Path, finished: Path, out: Path, ran: list[RunConfig], capsys: Capture
+) -> None:
+    command = ("compare", str(comparison), "--out", str(out), "--methods", "lora", "--seeds", "0,1")
+    assert call(*command, "--json") == 0
+    *told, last = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [{k: v for k, v in line.items() if k not in ("event", "number", "of")} for line in told] == read_events(
+        out / "results.jsonl"
+    )
+    assert [(line["event"], line["number"], line["of"]) for line in told] == [("run", 1, 2), ("run", 2, 2)]
+    assert last == {"event": "table", "folder": str(out), "rows": read_json(out / "table.json")["rows"]}
+    assert call(*command, "--quiet") == 0
+    assert "lora" in (printed := capsys.readouterr().out) and "[1/2]" not in printed
+
+
 def test_a_result_says_what_it_came_out_of(finished: Path) -> None:
     lines = read_events(finished / "results.jsonl")
     assert len(lines) == 4 and len({line["key"] for line in lines}) == 4
@@ -136,7 +152,7 @@ def test_stopped_and_gone_on_with_it_is_the_same_and_nothing_is_run_again(
     ran.clear()
     with pytest.MonkeyPatch.context() as patch:
         if place == "before its line is written":  # its summary is there: nothing of it is run, whatever process would do it
-            patch.setattr(compare, "run_apart", lambda config, folder: _unless_there(ran, config, folder))
+            patch.setattr(compare, "run_apart", lambda config, folder, hear: _unless_there(ran, config, folder))
         assert call("compare", str(comparison), "--out", str(out), "--set", "runtime.threads=1") == 0
     assert len(ran) == (4 if place == "between rounds" else 3)
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -160,7 +176,7 @@ def _second(then: Callable[..., None]) -> Callable[..., None]:
 def _second_run(then: Callable[..., None]) -> Callable[..., Any]:
     runs: list[Path] = []
 
-    def run(config: RunConfig, folder: Path) -> dict[str, Any]:
+    def run(config: RunConfig, folder: Path, hear: Callable[[str], None]) -> dict[str, Any]:
         runs.append(folder)
         if len(runs) == 2:
             then()
@@ -180,7 +196,9 @@ def _unless_there(ran: list[RunConfig], config: RunConfig, folder: Path) -> dict
             def __init__(self, *_: object, **__: object) -> None:
                 ran.append(config)
 
-            def communicate(self, _: str) -> None:
+                self.stdin, self.stdout = io.StringIO(), io.StringIO()
+
+            def wait(self) -> None:
                 run_here(config, folder)
 
         patch.setattr(compare_run.subprocess, "Popen", Here)
@@ -254,10 +272,10 @@ def test_a_rate_that_fails_is_not_chosen_and_not_tried_again(
 ) -> None:
     here = compare.run_apart
 
-    def fails(config: RunConfig, folder: Path) -> dict[str, Any]:
+    def fails(config: RunConfig, folder: Path, hear: Callable[[str], None]) -> dict[str, Any]:
         if config.train.learning_rate == "auto":
             raise FederationError("round 1: too few usable replies")
-        return here(config, folder)
+        return here(config, folder, hear)
 
     monkeypatch.setattr(compare, "run_apart", fails)
     command = ("compare", str(comparison), "--out", str(out), "--methods", "lora", "--seeds", "0")

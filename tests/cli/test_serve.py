@@ -1,6 +1,7 @@
 """`fedsb serve` as a command: it says where it listens, answers, ends when told, and refuses what cannot be."""
 
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -8,10 +9,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
+from prometheus_client import Counter
 
+from fedsb.cli.serve_screen import ServeScreen, Work
 from fedsb.serving import load
 from tests.cli.front_door import complaint
 from tests.federation.tiny import config_of, federate, save_model, save_task, table
@@ -27,24 +32,58 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_it_serves_until_it_is_told_to_end(run: Path) -> None:
+@pytest.mark.parametrize(("sign", "options"), [(signal.SIGTERM, ()), (signal.SIGINT, ("--json",))])
+def test_it_serves_until_it_is_told_to_end(run: Path, sign: signal.Signals, options: tuple[str, ...]) -> None:
     command = [sys.executable, "-m", "fedsb.cli.main", "serve", str(run), "--port", "0", "--threads", "1", "--name", "tiny"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        found = re.fullmatch(r"serving tiny and 2 tenants on (http://127\.0\.0\.1:\d+/v1)\n", line)
-        assert found, line
-        names = [model["id"] for model in httpx.get(f"{found[1]}/models").json()["data"]]
+        if options:
+            assert json.loads(line) == {"event": "loading", "what": str(run.parent / "model")}
+            url = (ready := json.loads(process.stdout.readline())).pop("url")
+            assert ready == {"event": "serving", "model": "tiny", "tenants": 2}
+        else:
+            found = re.fullmatch(r"serving tiny and 2 tenants on (http://127\.0\.0\.1:\d+/v1)\n", line)
+            assert found, line
+            url = found[1]
+        names = [model["id"] for model in httpx.get(f"{url}/models").json()["data"]]
         assert names == ["tiny", "client-0", "client-1"]
         body = {"model": "client-1", "prompt": "red green", "max_tokens": 3, "temperature": 0}
-        assert httpx.post(f"{found[1]}/completions", json=body, timeout=60).json()["usage"]["completion_tokens"] == 3
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) in (0, -signal.SIGTERM)
+        assert httpx.post(f"{url}/completions", json=body, timeout=60).json()["usage"]["completion_tokens"] == 3
+        process.send_signal(sign)
+        left = process.wait(30)
+        assert process.stderr is not None
+        if sign == signal.SIGTERM:
+            assert left in (0, -signal.SIGTERM)
+        else:
+            said = process.stderr.read().splitlines()[-1]
+            assert (left, said) == (130, "fedsb: stopped; requests at work have been answered; the same command serves again")
     finally:
         process.kill()
         process.communicate()
+
+
+def test_it_says_what_it_has_to_do_on_a_terminal_and_to_programs(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    requests, tokens = Counter("requests", "", ["path"], registry=None), Counter("tokens", "", ["kind"], registry=None)
+    engine, tenants = SimpleNamespace(running=3), SimpleNamespace(loaded=7)
+    service: Any = SimpleNamespace(figures=SimpleNamespace(requests=requests, tokens=tokens), engine=engine, tenants=tenants)
+    clock = itertools.count(100, 10)
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    program = ServeScreen(json_=True, quiet=False)
+    requests.labels("/a").inc(20)
+    requests.labels("/b").inc(5)
+    tokens.labels("answer").inc(300)
+    tokens.labels("prompt").inc(999)
+    program.look(service)
+    work = {"requests": 2.5, "tokens": 30.0, "running": 3, "adapters": 7}
+    assert json.loads(capsys.readouterr().out) == {"event": "work", **work}
+    assert Work(**work).line == "3 requests at work or waiting, 2.5 answered and 30 tokens a second, 7 adapters in memory"
+    engine.running = 0
+    program.look(service)
+    ServeScreen(json_=False, quiet=True).look(service)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_what_cannot_be_served(run: Path, tmp_path: Path, capsys: Capture) -> None:

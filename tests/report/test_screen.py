@@ -1,11 +1,12 @@
 import io
+import json
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from fedsb.report import screen as screens
-from fedsb.report.screen import Bars, Lines, Silent, screen, sentence
+from fedsb.report.screen import Bars, Lines, Pace, Silent, screen, sentence
 
 EVENTS: list[dict[str, Any]] = [
     {"event": "start", "run": "quick", "clients": 4, "model": "smol", "method": "lora-sb", "rank": 64, "trainable": 860160},
@@ -47,7 +48,7 @@ LINES = [
     "round 2: b did not answer in time",
     "round 2: c was cut off: enough others had answered",
     "round 2: d is asked no more, after 3 refused replies",
-    "round 2/5  loss 1.250  up 1.7 MB  down 3.4 MB  aggregation error 2.5e-08  2 min 05 s",
+    "round 2/5  loss 1.250  up 1.7 MB  down 3.4 MB  aggregation error 2.5e-08  2 min 05 s, about 6 min 15 s left",
     "personal adapters: 2 clients, up 999 B (7.0 s)",
 ]
 
@@ -59,6 +60,25 @@ def test_lines_for_a_log_file() -> None:
         lines.show(event)
     lines.close()
     assert written == LINES
+
+
+def test_what_is_left_follows_the_median_of_the_last_five_rounds() -> None:
+    pace = Pace()
+    told = [
+        pace.left({"event": "round", "round": n, "rounds": 9, "seconds": s})
+        for n, s in enumerate([90, 10, 10, 30, 20, 40, 50], 1)
+    ]
+    assert told[0] == ", about 12 min 00 s left" and told[4] == ", about 80.0 s left" and told[6] == ", about 60.0 s left"
+    assert pace.left({"event": "round", "round": 9, "rounds": 9, "seconds": 1}) == ""
+    assert pace.left({"event": "reply", "round": 3, "seconds": 9}) == ""
+
+
+def test_json_lines_are_the_events_themselves(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = screen("json")
+    for event in EVENTS:
+        shown.show(event)
+    shown.close()
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == EVENTS
 
 
 def test_a_basis_that_is_not_sent_says_so() -> None:
