@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-faults test-apart test-gateway check bench clean
+.PHONY: help setup demo test test-faults test-apart test-tutorials test-gateway check bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,9 @@ test-faults: setup ## break a running federation, and see it go on
 
 test-apart: setup ## tests that take minutes: own data at sites, bytes on the wire, a reply of 1 GB
 	$(BIN)/python -m pytest -m apart
+
+test-tutorials: setup ## run docs/tutorials as they stand, some minutes
+	$(BIN)/python -m pytest -m tutorials -n auto
 
 test-gateway: setup ## what the gateway lets through; needs caddy (apt-get install caddy)
 	$(BIN)/python -m pytest -m gateway
