@@ -63,8 +63,9 @@ def require_fitting(model: Any, kind: Quantised) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """torchao tells at its import of every kernel that is for another machine."""
-    logging.disable(logging.WARNING)
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
         yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)

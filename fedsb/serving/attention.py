@@ -27,26 +27,43 @@ class Prefill:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Which queries of a step look at which keys.
+class Singles:
+    """Sequences with one new token each that go through together, so of keys of about the same number.
 
     Attributes:
-        single: (d,) queries of sequences with one new token.
+        queries: (d,) their tokens.
         theirs: (d, longest) their keys; beyond a sequence's own any.
         own: (d, 1, 1, longest) which of those are its own.
-        prefills: the other sequences.
     """
 
-    single: Tensor
+    queries: Tensor
     theirs: Tensor
     own: Tensor
+
+    @classmethod
+    def of(cls, queries: Sequence[int], first_keys: Sequence[int], keys: Sequence[int]) -> "Singles":
+        """From each sequence's token, its first key, and how many it has."""
+        lengths = torch.tensor(keys, dtype=torch.int64)
+        steps = torch.arange(max(keys))
+        inside = steps < lengths[:, None]
+        theirs = torch.tensor(first_keys, dtype=torch.int64)[:, None] + steps.where(inside, 0)
+        return cls(torch.tensor(queries, dtype=torch.int64), theirs, inside[:, None, None])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which queries of a step look at which keys: those of sequences with one new token, and the other sequences."""
+
+    singles: tuple[Singles, ...]
     prefills: tuple[Prefill, ...]
     _read: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
 
     def read(self, index: Tensor) -> Tensor:
-        """Where `theirs` lie in a cache, one after another; index: where all keys of the step do. Made once a step."""
+        """Where the keys of all `singles` lie in a cache, one after another; index: where all keys of the step do. Made once a
+        step."""
         if not self._read or self._read[0][0] is not index:
-            self._read[:] = [(index, index[self.theirs.flatten()])]
+            theirs = [each.theirs.flatten() for each in self.singles]
+            self._read[:] = [(index, index[theirs[0] if len(theirs) == 1 else torch.cat(theirs)])]
         return self._read[0][1]
 
     @classmethod
@@ -54,17 +71,30 @@ class Plan:
         """From the lengths of the sequences: new tokens, and those with all before them."""
         first_query, first_key = ([0, *accumulate(lengths)] for lengths in (queries, keys))
         one = [i for i, length in enumerate(queries) if length == 1]
-        lengths = torch.tensor([keys[i] for i in one], dtype=torch.int64)
-        steps = torch.arange(max((keys[i] for i in one), default=0))
-        inside = steps < lengths[:, None]
-        theirs = torch.tensor([first_key[i] for i in one], dtype=torch.int64)[:, None] + steps.where(inside, 0)
+        singles = [
+            Singles.of([first_query[i] for i in some], [first_key[i] for i in some], [keys[i] for i in some])
+            for some in _alike(one, keys)
+        ]
         prefills = []
         for i, length in enumerate(queries):
             if length > 1:
                 mask = None if length == keys[i] else torch.ones(length, keys[i], dtype=torch.bool).tril(keys[i] - length)
                 prefills.append(Prefill(slice(first_query[i], first_query[i + 1]), slice(first_key[i], first_key[i + 1]), mask))
-        single = torch.tensor([first_query[i] for i in one], dtype=torch.int64)
-        return cls(single, theirs, inside[:, None, None], tuple(prefills))
+        return cls(tuple(singles), tuple(prefills))
+
+
+def _alike(sequences: Sequence[int], keys: Sequence[int]) -> list[list[int]]:
+    """Sequences as they go through together. Each is padded to the longest beside it: all of them, if that at most doubles the
+    keys, else those that have at least half as many as the longest, and so on, so that one long context slows nobody else."""
+    if len(sequences) * max((keys[i] for i in sequences), default=0) <= 2 * sum(keys[i] for i in sequences):
+        return [list(sequences)] if sequences else []
+    found: list[list[int]] = []
+    for i in sorted(sequences, key=lambda i: -keys[i]):
+        if found and 2 * keys[i] >= keys[found[-1][0]]:
+            found[-1].append(i)
+        else:
+            found.append([i])
+    return found
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float | None) -> Tensor:
@@ -73,13 +103,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float |
     repeats = h // key.shape[1]
     rows, ks, vs = (side[0].transpose(0, 1) for side in (query, key, value))  # (T or S, heads, d)
     found = query.new_empty(t, h, d)
-    if len(plan.single):
-        found[plan.single] = _single(rows[plan.single], ks[plan.theirs], vs[plan.theirs], plan.own, scale)
+    for some in plan.singles:
+        found[some.queries] = _single(rows[some.queries], ks[some.theirs], vs[some.theirs], some.own, scale)
     for each in plan.prefills:
         q = query[:, :, each.queries]
         k, v = (side[:, :, each.keys].repeat_interleave(repeats, 1) for side in (key, value))
-        some = scaled_dot_product_attention(q, k, v, each.mask, is_causal=each.mask is None, scale=scale)
-        found[each.queries] = some[0].transpose(0, 1)
+        seen = scaled_dot_product_attention(q, k, v, each.mask, is_causal=each.mask is None, scale=scale)
+        found[each.queries] = seen[0].transpose(0, 1)
     return found[None]
 
 
@@ -102,8 +132,15 @@ def by_sequence(
     key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=told)
     if not together:
         return attend(query, key, value, plan, scale), None
-    k, v = (side[0].transpose(0, 1).unflatten(0, plan.theirs.shape) for side in (key, value))
-    return _single(query[0].transpose(0, 1), k, v, plan.own, scale)[None], None
+    rows = query[0].transpose(0, 1)
+    sizes = [some.theirs.numel() for some in plan.singles]
+    found = torch.empty_like(rows)
+    for some, k, v in zip(plan.singles, *(side[0].transpose(0, 1).split(sizes) for side in (key, value)), strict=True):
+        k, v = (side.unflatten(0, some.theirs.shape) for side in (k, v))
+        if len(sizes) == 1:  # all of them, in order
+            return _single(rows, k, v, some.own, scale)[None], None
+        found[some.queries] = _single(rows[some.queries], k, v, some.own, scale)
+    return found[None], None
 
 
 AttentionInterface.register(BY_SEQUENCE, by_sequence)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedsb.basis.frames import Basis
 from fedsb.errors import AdapterError, StoreError
-from fedsb.serving.forms import Form, Formed, Kind, Shared, formed
+from fedsb.serving.forms import Form, Formed, Kind, Shared, formed, misfit
 from fedsb.serving.pool import Pool
 from fedsb.store.adapters import StoredAdapter
 
@@ -59,8 +59,8 @@ class Stack:
 
 
 class Buffers:
-    """Memory that is used again, so that what each step is given lies where it lay in the step before: a graph that a GPU has
-    captured knows addresses. They change only when more rows are asked for than ever before."""
+    """Memory that is used again, so that what each step is given lies where it lay in the step before, as a captured graph of a
+    GPU would need it (none is captured so far). Addresses change only when more rows are asked for than ever before."""
 
     def __init__(self) -> None:
         self._held: dict[object, Tensor] = {}
@@ -199,6 +199,8 @@ class Bank:
         return sum(self.capacity - 1 - len(group.free) for group in self.groups)
 
     def _require(self, kind: Kind, client: str) -> None:
+        if wrong := misfit(kind):
+            raise AdapterError(f"the adapter of {client} has a layer {wrong}, which no batch can go through; publish it anew")
         for layer, sides in kind.sides.items():
             if self.layers and self.layers.get(layer) != sides:
                 has = "does not have" if layer not in self.layers else f"has with {self.layers[layer]} and not {sides}"
@@ -221,6 +223,8 @@ class Bank:
         with self._lock:
             group.pool.clear(place.slot)
             group.free.append(place.slot)
+            if len(group.free) == group.pool.capacity - 1:
+                group.buffers = Buffers()  # which take rows · layers · r² numbers, and nobody of the group is left
             self._changes += 1
 
     @contextmanager

@@ -22,6 +22,7 @@ from fedsb.serving.prepacked import PrepackedLinear, can_prepack
 from fedsb.serving.soft_prompts import SoftEmbedding
 
 PAGE = 16  # tokens of a block of the cache
+MAGNITUDE = 1000  # of a soft prompt's numbers, against the largest of the model's embeddings
 LEAST = 1e-30  # what fp32 can still tell from 0; smaller temperatures and shares mean the same
 Reason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
 
@@ -122,6 +123,8 @@ class Engine:
         )
         self._manager.output_router = _Router(self)
         processor = self._manager._create_batch_processor()
+        self._table: Tensor = model.get_input_embeddings().weight
+        self._largest = MAGNITUDE * float(self._table.abs().max())
         self._embedding = SoftEmbedding(model.get_input_embeddings())
         model.set_input_embeddings(self._embedding)
         self._head = model.get_output_embeddings()
@@ -149,8 +152,8 @@ class Engine:
 
     @property
     def width(self) -> int:
-        """Numbers of a token's embedding."""
-        return int(self.model.config.get_text_config().hidden_size)
+        """Numbers of a token's embedding; of some models another than the hidden size."""
+        return int(self._table.shape[1])
 
     def submit(
         self,
@@ -167,8 +170,11 @@ class Engine:
         `place` must stay loaded until the last output, which has a reason. `deliver` is called from the engine's thread with each
         output; it must be quick and must not raise.
 
-        Raises RequestError if the request cannot be taken: empty, too long, too many wait, or the engine has ended.
+        Raises RequestError if the request cannot be taken: empty, too long, too many wait, or the engine has ended; or `soft` has
+        another width or no numbers that an embedding could be.
         """
+        if soft is not None:
+            self.check_soft(soft)
         if not prompt:
             raise RequestError("the prompt has no tokens; write something")
         ids = [0] * (0 if soft is None else len(soft)) + list(prompt)
@@ -194,6 +200,16 @@ class Engine:
         if not self.alive:  # it has ended since, and nobody would tell
             self._over(name, Output((), "error", "the engine has ended"))
         return name
+
+    def check_soft(self, soft: Tensor) -> None:
+        """Raise RequestError for embeddings (m, width) that are none of this model's width or size."""
+        if soft.ndim != 2 or soft.shape[1] != self.width:
+            raise RequestError(f"prompt_embeds: is {tuple(soft.shape)}, and this model takes (tokens, {self.width})")
+        if not bool((soft.abs() <= self._largest).all()):  # NaN too; what overflows in the model would reach others' numbers
+            raise RequestError(
+                f"prompt_embeds: has numbers beyond {self._largest:.3g}, {MAGNITUDE} times the largest of the model's "
+                "embeddings; send embeddings"
+            )
 
     def cancel(self, name: str) -> None:
         """Stop answering, if it is not over; the last output then has the reason "cancelled"."""
@@ -249,7 +265,8 @@ class Engine:
         rows = scores[0, : len(self._step)]
         most, tokens = rows.max(-1)  # the largest is NaN or infinite where anything that matters is
         for i, (request, well) in enumerate(zip(self._step, most.isfinite().tolist(), strict=True)):
-            if not well:  # of this request alone: the others go on
+            if not well:  # of this request alone where `_set_attention` could be; elsewhere SDPA multiplies all with all, and
+                # 0 · NaN is NaN for those beside it too, whose requests end with the same sentence
                 self._manager.cancel_request(request.name)
                 self._over(request.name, Output((), "error", "the model's numbers overflow with this adapter"))
             elif request.sampling.temperature > 0:

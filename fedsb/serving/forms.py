@@ -67,6 +67,23 @@ class Kind:
         return found or {n: (p["B"][0], p["A"][1]) for n, p in self.shapes.items() if not n.startswith(HEAD)}
 
 
+def misfit(kind: Kind) -> str:
+    """The first layer whose parts do not go together, in words; "" if all do, so that a batch can go through them."""
+    for layer, parts in kind.shapes.items():
+        if layer.startswith(HEAD):
+            continue
+        told = ", ".join(f"{part} {tuple(shape)}" for part, shape in parts.items())
+        if kind.form == "core":
+            shared = kind.shared.get(layer)
+            fits = shared is not None and parts == {"core": (shared.B.shape[1], shared.A.shape[0])}
+        else:
+            flat = parts.keys() == {"A", "B"} and all(len(shape) == 2 for shape in parts.values())
+            fits = flat and parts["A"][0] == parts["B"][1]
+        if not fits or any(not length > 0 for shape in parts.values() for length in shape):
+            return f"{layer} with {told}"
+    return ""
+
+
 @dataclass(frozen=True)
 class Formed:
     """An adapter in its form. numbers: (size,), all parts one after another, in the order of the kind's shapes."""
@@ -92,6 +109,7 @@ def form_of(method: str) -> Form | None:
     return "flora" if says.multiplies else "core" if says.frames == ("B", "A") else "lora"
 
 
+KNOWN = 16
 Known: TypeAlias = dict[object, Kind]  # by what adapters are that are used just as they are stored
 
 
@@ -137,5 +155,7 @@ def formed(adapter: StoredAdapter, basis: Basis, known: Known | None = None) -> 
         factors.setdefault(HEAD + module, {})[part] = tensor
     made = Formed.of(form, factors, basis.fingerprint if shared else "", shared)
     if known is not None and as_stored:
+        if len(known) >= KNOWN:  # each holds a basis, and runs that refresh theirs have many
+            known.clear()
         known[alike] = made.kind
     return made

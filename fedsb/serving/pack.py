@@ -20,7 +20,7 @@ from fedsb.basis.frames import fingerprint_of
 from fedsb.errors import AdapterError, StoreError
 from fedsb.sections import SITE_NAME, Section
 from fedsb.serving.forms import Formed, Kind, Shared
-from fedsb.store.files import stamp_of
+from fedsb.store.files import Stamp, stamp_of
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Index(Section):
 class _Open:
     """A pack as it was when it was opened."""
 
-    state: tuple[int, int, int]
+    state: Stamp
     file: Any
     index: Index
     kinds: list[Kind]
@@ -74,7 +74,8 @@ class Pack:
     def __init__(self, path: Path, model: str) -> None:
         self.path, self._model = path, model
         self._now = self._opened()
-        self._seen: object = self._now.state  # what was looked at last, also if it could not be taken
+        self._seen: Stamp | None = self._now.state  # what was looked at last, also if it could not be taken
+        self._spoilt = ""  # how the file that is open was written over; "" if it was not
 
     def names(self) -> list[str]:
         """As `Source`."""
@@ -88,9 +89,18 @@ class Pack:
         """As `Source`."""
         return self._entry(self._pack, name).version
 
-    def load(self, name: str, version: int) -> Formed:
-        """As `Source`."""
+    def mark(self, name: str) -> object:
+        """As `Source`: of the row's bytes and what they are numbers of, since versions of other stores bear the same numbers."""
         pack = self._pack
+        entry = self._entry(pack, name)
+        kind = pack.index.kinds[entry.kind]
+        return entry.sha256, kind.form, kind.basis
+
+    def load(self, name: str, version: int) -> Formed:
+        """As `Source`. Raises StoreError while the file that is open is written over: what is mapped may be gone."""
+        pack = self._pack
+        if self._spoilt:
+            raise StoreError(f"{self._spoilt}; put a whole pack in its place by a rename, as `fedsb pack` does")
         entry = self._entry(pack, name)
         row: Tensor = pack.file.get_slice(f"numbers.{entry.kind}")[entry.row]
         if digest_of(row) != entry.sha256:
@@ -105,9 +115,12 @@ class Pack:
         if seen != self._seen:
             self._seen = seen
             try:
-                self._now = self._opened()
+                self._now, self._spoilt = self._opened(), ""
             except (StoreError, AdapterError) as error:
-                log.error("the pack stays as it was: %s", error)
+                same = seen is not None and seen.inode == self._now.state.inode  # the very file that is mapped
+                self._spoilt = str(error) if same else self._spoilt
+                others = "no others" if same else "others from the old pack"
+                log.error("adapters in memory are served on, and %s: %s", others, error)
         return self._now
 
     def _entry(self, pack: _Open, name: str) -> TenantEntry:
@@ -120,7 +133,10 @@ class Pack:
         if state is None:
             raise StoreError(f"{self.path}: there is no such pack; make it with `fedsb pack`")
         index = index_of(self.path)
-        file: Any = safe_open(self.path, framework="pt")
+        try:
+            file: Any = safe_open(self.path, framework="pt")
+        except (SafetensorError, OSError) as error:  # it was replaced in between
+            raise StoreError(f"{self.path}: is no whole pack ({error}); make it with `fedsb pack`") from None
         if index.model != self._model:
             raise AdapterError(
                 f"{self.path}: is of {index.model_name} ({index.model[:12]}), and this server has another model "

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsb.errors import StoreError
+from fedsb.errors import AdapterError, StoreError
 from fedsb.serving.forms import Kind
 from fedsb.serving.pack import Index, KindEntry, TenantEntry, digest_of
 from fedsb.serving.sources import Source
-from fedsb.store.files import FILE_MODE, writing
+from fedsb.store.files import FILE_MODE, sync_folder, writing
 
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
 
@@ -55,6 +55,8 @@ def write_pack(
                 if number == len(rows):
                     rows.append(opened.enter_context(Path(folder, str(number)).open("wb")))
                 row = formed.numbers.to(dtype)
+                if not bool(row.isfinite().all()):
+                    raise AdapterError(f"the adapter of {name} holds numbers that {str(dtype)[6:]} cannot; pack it in fp32")
                 index = rows[number].tell() // (row.numel() * row.element_size())
                 rows[number].write(_bytes(row))
                 tenants[name] = TenantEntry(kind=number, row=index, version=version, sha256=digest_of(row))
@@ -70,11 +72,12 @@ def write_pack(
         _assemble(staged, found, of, [Path(folder, str(number)) for number in range(len(of))], dtype)
         staged.chmod(FILE_MODE)
         os.replace(staged, path)
+        sync_folder(path.parent)
     return found
 
 
 def _assemble(path: Path, index: Index, kinds: Sequence[Kind], rows: Sequence[Path], dtype: torch.dtype) -> None:
-    """Write a safetensors file without holding it in memory: length of the header, header, tensors one after another."""
+    """Write a safetensors file without holding its rows in memory: length of the header, header, tensors one after another."""
     header: dict[str, Any] = {"__metadata__": {"format": index.format}}
     parts: list[Path | bytes] = []
     end = 0

@@ -29,7 +29,10 @@ class Source(Protocol):
         """Whether there is such an adapter."""
 
     def version(self, name: str) -> int:
-        """What it is now; another number after every change. Raises StoreError if it is not there."""
+        """Its number, as people are told it. Raises StoreError if it is not there."""
+
+    def mark(self, name: str) -> object:
+        """What is another after every change of its adapter, whatever the number. Raises StoreError if it is not there."""
 
     def load(self, name: str, version: int) -> Formed:
         """An adapter. Raises AdapterError, BasisError or StoreError if it cannot be used."""
@@ -54,6 +57,10 @@ class Store:
     def version(self, name: str) -> int:
         """As `Source`."""
         return adapters.current(self.store, name)
+
+    def mark(self, name: str) -> object:
+        """As `Source`: the version, which is never written twice."""
+        return self.version(name)
 
     def load(self, name: str, version: int) -> Formed:
         """As `Source`."""
@@ -99,6 +106,10 @@ class Folders:
             return max((self.root / name / file).stat().st_mtime_ns for file in (CONFIG_FILE, WEIGHTS_FILE))
         except OSError:
             raise StoreError(f"{self.root}: has no adapter {name}; name one of its folders") from None
+
+    def mark(self, name: str) -> object:
+        """As `Source`."""
+        return self.version(name)
 
     def load(self, name: str, version: int) -> Formed:
         """As `Source`; whatever the version, what is there now."""

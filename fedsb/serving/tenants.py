@@ -14,9 +14,13 @@ from fedsb.serving.sources import Source
 
 @dataclass
 class _Held:
-    """A version in the bank: where, how many requests use it, and whether a newer one or an unloading has taken its place."""
+    """A version in the bank: where, how many requests use it, and whether a newer one or an unloading has taken its place.
+
+    mark: the source that it came from, and that source's mark of it.
+    """
 
     version: int
+    mark: object
     place: Place
     users: int = 0
     stale: bool = False
@@ -69,10 +73,9 @@ class Tenants:
             source = self._source(name)
             if source is None or name in self._hidden:
                 raise StoreError(f"there is no adapter of {name}; `fedsb serve` has those of its stores")
-            version = source.version(name)
-            held = self._held.get(name)
-            if held is None or held.version != version:
-                held = self._load(source, name, version)
+            mark, held = (source, source.mark(name)), self._held.get(name)
+            if held is None or held.mark != mark:
+                held = self._load(source, name, mark)
             self._held.move_to_end(name)
             held.users += 1
             return Lease(name, held.version, held.place, held)
@@ -110,10 +113,11 @@ class Tenants:
     def _source(self, name: str) -> Source | None:
         return next((source for source in self.sources if source.has(name)), None)
 
-    def _load(self, source: Source, name: str, version: int) -> _Held:
+    def _load(self, source: Source, name: str, mark: object) -> _Held:
+        version = source.version(name)
         place = self._put(name, source.load(name, version))
         self._retire(name)
-        self._held[name] = _Held(version, place)
+        self._held[name] = _Held(version, mark, place)
         return self._held[name]
 
     def _put(self, name: str, told: Formed) -> Place:

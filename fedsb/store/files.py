@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from fedsb.errors import DiskError, StoreError
 
@@ -58,7 +58,7 @@ def write_file(path: Path, data: bytes, mode: int = FILE_MODE) -> None:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
-        _sync(path.parent)
+        sync_folder(path.parent)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -111,7 +111,7 @@ def staged_folder(path: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(staged, ignore_errors=True)
             raise
-        _sync(path.parent)
+        sync_folder(path.parent)
 
 
 def clean_leftovers(folder: Path) -> None:
@@ -139,11 +139,12 @@ def _swap_in(staged: Path, path: Path) -> None:
 def _sync_tree(folder: Path) -> None:
     for root, _, files in os.walk(folder, topdown=False):
         for name in files:
-            _sync(Path(root, name))
-        _sync(Path(root))
+            sync_folder(Path(root, name))
+        sync_folder(Path(root))
 
 
-def _sync(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """Have a folder's entries on disk, as a rename leaves them."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -151,13 +152,21 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def stamp_of(path: Path) -> tuple[int, int, int] | None:
-    """What is another for every change of a file, whether written over or replaced; None: it is not there."""
+class Stamp(NamedTuple):
+    """What is another for every change of a file, whether written over (its inode stays) or replaced."""
+
+    changed: int
+    inode: int
+    size: int
+
+
+def stamp_of(path: Path) -> Stamp | None:
+    """A file's stamp; None: it is not there."""
     try:
         found = path.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_ino, found.st_size
+    return Stamp(found.st_mtime_ns, found.st_ino, found.st_size)
 
 
 def sha256_of(path: Path) -> str:

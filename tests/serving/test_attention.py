@@ -2,6 +2,7 @@
 
 import inspect
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,10 +53,11 @@ class Cache:
         return self.key[:, :, index], self.value[:, :, index]
 
 
-def test_a_step_of_single_tokens_reads_the_cache_as_it_lies() -> None:
+@pytest.mark.parametrize(("keys", "parts"), [([3, 7, 1, 5], 1), ([2, 20, 2, 3], 2), ([1, 30, 1, 8], 3)])
+def test_a_step_of_single_tokens_reads_the_cache_as_it_lies(keys: list[int], parts: int) -> None:
     """In pages in any order, two steps with one plan."""
-    keys = [3, 7, 1, 5]
     plan = Plan.of([1] * 4, keys)
+    assert len(plan.singles) == parts
     for seed in (0, 1):
         draw = torch.Generator().manual_seed(seed)
         stored = torch.randn(1, 2, 40, 8, generator=draw), torch.randn(1, 2, 40, 8, generator=draw)
@@ -65,6 +67,15 @@ def test_a_step_of_single_tokens_reads_the_cache_as_it_lies() -> None:
         told = {"read_index": [index], "scaling": None}
         found, _ = by_sequence(module, query, query, query, None, cache=Cache(plan, *stored), **told)
         torch.testing.assert_close(found, alone(query, *(side[:, :, index] for side in stored), [1] * 4, keys))
+
+
+@given(before=st.lists(st.integers(0, 3000), min_size=1, max_size=40))
+def test_one_long_context_makes_nobody_read_much_more_than_its_own(before: list[int]) -> None:
+    """The padded keys are at most twice those that there are."""
+    keys = [each + 1 for each in before]
+    plan = Plan.of([1] * len(keys), keys)
+    assert sum(each.theirs.numel() for each in plan.singles) <= 2 * sum(keys)
+    assert sorted(torch.cat([each.queries for each in plan.singles]).tolist()) == list(range(len(keys)))
 
 
 def test_the_engine_uses_it_and_puts_the_model_back() -> None:

@@ -1,6 +1,7 @@
 """Packs: what is packed is served as it was, one that takes another's place is seen, and a torn or forged one is refused."""
 
 import json
+import math
 import shutil
 import struct
 import threading
@@ -12,14 +13,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedsb.basis.spectral import random_basis
 from fedsb.errors import AdapterError, FedsbError, StoreError
 from fedsb.serving.bank import Bank
+from fedsb.serving.forms import Form, Kind, formed
+from fedsb.serving.forms import Formed as AnyFormed
 from fedsb.serving.pack import Pack, index_of
 from fedsb.serving.packing import write_pack
 from fedsb.serving.sources import Folders, Store, source_of
 from fedsb.serving.tenants import Tenants
 from tests.cli.front_door import complaint, printed
-from tests.serving.test_mixed import adapter, basis_of
+from tests.serving.test_mixed import LAYERS, adapter, basis_of
 from tests.serving.test_peft_folder import written
 from tests.serving.test_tenants import Shop, finished, shop
 
@@ -46,6 +50,9 @@ class Formed:
         return name in self.told
 
     def version(self, name: str) -> int:
+        return 7
+
+    def mark(self, name: str) -> object:
         return 7
 
     def load(self, name: str, version: int) -> Any:
@@ -118,7 +125,90 @@ def test_one_that_takes_its_place_is_seen_and_a_broken_one_is_not_taken(
     (tmp_path / "torn").write_bytes(path.read_bytes()[:-100])
     (tmp_path / "torn").replace(path)
     assert tenants.take("client-1").version == 1 and tenants.take("client-0").version == after.version
-    assert sum("the pack stays as it was" in record.getMessage() for record in caplog.records) == 1  # and is not told again
+    assert sum("others from the old pack" in record.getMessage() for record in caplog.records) == 1  # and is not told again
+
+
+def test_another_store_of_the_same_versions_is_another_adapter(shop: Shop, tmp_path: Path) -> None:
+    """Version 1 of one run is not version 1 of the next, nor that of another source."""
+    path, model = tmp_path / "p", (shop.source.sha256, "tiny")
+    store = Store(shop.run / "adapters", shop.source.sha256)
+    write_pack(path, [store], model)
+    tenants = Tenants([Pack(path, model[0])], shop.bank)
+    before = shop.logits(tenants.take("client-0"))
+    shutil.copytree(shop.run, tmp_path / "other")
+    for name in ("adapters/client-0/v0001", "adapters/client-1/v0001"):
+        (tmp_path / "other" / name).rename(tmp_path / "other" / f"{name}-old")
+    (tmp_path / "other/adapters/client-1/v0001-old").rename(tmp_path / "other/adapters/client-0/v0001")
+    manifest = tmp_path / "other/adapters/client-0/v0001/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"client-1"', '"client-0"'))
+    shutil.rmtree(tmp_path / "other/adapters/client-1")
+    other = Store(tmp_path / "other/adapters", shop.source.sha256)
+    write_pack(path, [other], model)
+    taken = tenants.take("client-0")
+    assert taken.version == 1 and not torch.equal(shop.logits(taken), before)
+    both = Tenants([other, store], shop.bank)
+    changed = shop.logits(both.take("client-0"))
+    both.sources = [store, other]
+    assert torch.equal(shop.logits(both.take("client-0")), before) and torch.equal(changed, shop.logits(taken))
+
+
+def test_a_pack_written_over_in_place_ends_nobody_who_is_there(shop: Shop, tmp_path: Path) -> None:
+    """What is mapped of it may be gone: reading there would end the whole process."""
+    path, model = tmp_path / "p", (shop.source.sha256, "tiny")
+    store = Store(shop.run / "adapters", shop.source.sha256)
+    write_pack(path, [store], model)
+    whole = path.read_bytes()
+    tenants = Tenants([Pack(path, model[0])], shop.bank)
+    before = shop.logits(tenants.take("client-0"))
+    with path.open("r+b") as file:
+        file.truncate(4096)
+    assert torch.equal(shop.logits(tenants.take("client-0")), before)
+    with pytest.raises(StoreError, match=r"put a whole pack in its place by a rename"):
+        tenants.take("client-1")
+    (tmp_path / "new").write_bytes(whole)
+    (tmp_path / "new").replace(path)
+    assert tenants.take("client-1").version == 1
+
+
+SHAPES: list[tuple[str, dict[str, tuple[int, ...]]]] = [
+    ("core", {"core": (2, 8)}),
+    ("core", {"core": (16,)}),
+    ("core", {"core": (8, 8)}),
+    ("core", {"core": (4, 4), "more": (1, 1)}),
+    ("lora", {"A": (3, 32), "B": (32, 5)}),
+    ("lora", {"A": (3, 32)}),
+    ("lora", {"A": (3, 32), "B": (32, 3), "C": (2, 2)}),
+    ("lora", {"A": (3, 2, 16), "B": (32, 3)}),
+]
+
+
+@pytest.mark.parametrize(("form", "shapes"), SHAPES, ids=str)
+def test_parts_that_do_not_go_together_are_refused_and_end_nothing(
+    form: Form, shapes: dict[str, tuple[int, ...]], tmp_path: Path
+) -> None:
+    basis = random_basis(LAYERS, 4, 0)
+    good, source = formed(adapter("lora-sb", basis, 0, rank=4), basis), Formed()
+    size = sum(math.prod(shape) for shape in shapes.values())
+    layers = good.kind.shapes if form == "core" else {next(iter(LAYERS)): {}}
+    shared = good.kind.shared if form == "core" else {}
+    bad = Kind(form, good.kind.basis if shared else "", shared, dict.fromkeys(layers, shapes))
+    source.told = {"good": good, "bad": AnyFormed(bad, torch.zeros(size * len(layers)))}
+    write_pack(tmp_path / "p", [source], (MODEL, "tiny"))
+    bank = Bank(4)
+    bank.layers = dict(LAYERS)
+    tenants = Tenants([Pack(tmp_path / "p", MODEL)], bank)
+    with pytest.raises(AdapterError, match="the adapter of bad has a layer .*, which no batch can go through; publish it anew"):
+        tenants.take("bad")
+    assert tenants.take("good").version == 7 and len(bank.groups) == 1
+
+
+def test_numbers_that_the_rows_cannot_hold_are_not_packed(tmp_path: Path) -> None:
+    source = Formed()
+    told = source.told["lora-0"]
+    source.told = {"large": AnyFormed(told.kind, torch.full_like(told.numbers, 3.4e38))}
+    with pytest.raises(AdapterError, match="the adapter of large holds numbers that bfloat16 cannot; pack it in fp32"):
+        write_pack(tmp_path / "p", [source], (MODEL, "tiny"), torch.bfloat16)
+    assert not list(tmp_path.iterdir())
 
 
 def test_many_threads_read_one_pack(tmp_path: Path) -> None:

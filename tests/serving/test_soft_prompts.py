@@ -10,10 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from safetensors.torch import save
+from transformers import OPTConfig, OPTForCausalLM
 
 from fedsb.adapters.lopa import LopaConfig
 from fedsb.errors import RequestError
-from fedsb.serving.engine import Limits, Sampling, _soft_rows
+from fedsb.serving.bank import Bank
+from fedsb.serving.engine import Engine, Limits, Sampling, _soft_rows
+from fedsb.serving.mixed import mix
 from fedsb.serving.soft_prompts import SoftEmbedding, decoded, encoded
 from tests.adapters.samples import llama
 from tests.serving.test_engine import Answer, Served
@@ -106,12 +109,32 @@ def test_what_is_refused(running: Running) -> None:
         (encoded(torch.zeros(0, width)), f"is (0, {width}) in float32"),
         (encoded(torch.zeros(2, width, dtype=torch.int64)), "in int64"),
         (encoded(good.log() - good.log()), "holds NaN or infinity"),
+        (encoded(good + 3e38), "1000 times the largest of the model's embeddings"),
     ]:
         answer = running.post("/v1/completions", {"model": "client-0", "prompt": "red", "prompt_embeds": sent})
         assert answer.status_code == 400 and said in answer.json()["error"]["message"], (said, answer.text)
     long = encoded(torch.zeros(2000, width))
     assert running.post("/v1/completions", {"model": "client-0", "prompt": "red", "prompt_embeds": long}).status_code == 400
     assert running.engine.alive and text(running.client(), "client-0")
+
+
+def test_a_model_whose_embeddings_are_narrower_than_its_layers_takes_prompts_of_that_width() -> None:
+    """As OPT-350m's are. A prompt of another width would end the engine for all."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64, word_embed_proj_dim=16,
+        max_position_embeddings=128, do_layer_norm_before=False,
+    )  # fmt: skip
+    bank = Bank(2)
+    engine = Engine(mix(OPTForCausalLM(config).eval().requires_grad_(False), bank), bank, Limits(4, 16, 256, 8))
+    try:
+        assert engine.width == 16
+        with pytest.raises(RequestError, match=r"prompt_embeds: is \(2, 32\), and this model takes \(tokens, 16\)"):
+            engine.submit([5, 6, 7], Sampling(4), None, Answer(), torch.zeros(2, 32))
+        engine.submit([5, 6, 7], Sampling(4), None, answer := Answer(), torch.zeros(2, 16))
+        assert answer.wait().reason == "length" and engine.alive
+    finally:
+        engine.close()
 
 
 def test_it_comes_back_in_its_own_dtype() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedsb.errors import FedsbError, RequestError, StoreError
 from fedsb.serving.bank import BankFull
-from fedsb.serving.engine import Sampling
+from fedsb.serving.engine import Engine, Sampling
 from fedsb.serving.http.answers import EngineFailed, Piece, answered
 from fedsb.serving.http.guard import Guard
 from fedsb.serving.http.keys import Key
@@ -162,11 +162,13 @@ def _rendered(tokenizer: Any, asked: ChatAsked) -> list[int]:
     return ids
 
 
-def _soft(asked: Asked, width: int) -> Tensor | None:
+def _soft(asked: Asked, engine: Engine) -> Tensor | None:
     if asked.prompt_embeds is None:
         return None
     try:
-        return decoded(asked.prompt_embeds, width)
+        soft = decoded(asked.prompt_embeds, engine.width)
+        engine.check_soft(soft)
+        return soft
     except RequestError as error:
         raise Refused(400, str(error), "invalid_request") from None
 
@@ -183,7 +185,7 @@ async def _answer(
 ) -> Response:
     if not ids:
         raise Refused(400, "prompt: has no tokens; write something", "invalid_request")
-    soft = _soft(asked, service.engine.width)
+    soft = _soft(asked, service.engine)
     length = len(ids) + (0 if soft is None else len(soft))
     room = service.engine.longest - length
     wanted = min(service.bounds.answer, max(room, 1)) if most is None else most
