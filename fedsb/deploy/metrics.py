@@ -15,7 +15,7 @@ from fedsb.deploy.certs import load_certificate
 from fedsb.deploy.home import Admitted, Home
 from fedsb.deploy.watch import FINISHED, Asked, Seen, Watch
 from fedsb.errors import FedsbError
-from fedsb.report.tally import Tally
+from fedsb.report.tally import Tally, counting
 from fedsb.store.files import read_json
 
 RUNS = 20  # the runs started last are told of; a federation that lives for years has hundreds
@@ -147,11 +147,10 @@ class FederationCollector(Collector):
 
     def _of_files(self, name: str) -> Iterator[Sample]:
         folder = self.home.runs / name
-        rounds = sorted(folder.glob("checkpoints/round-*/round.json"), key=lambda path: (len(path.parent.name), path.parent.name))
-        for path in rounds[-1:]:
+        for path in counting(folder)[1:2]:
             with self._reading(path):
                 yield "fedsb_checkpoint_age_seconds", [name], time.time() - path.stat().st_mtime
-        for path in [*rounds, folder / "summary.json"][::-1]:
+        for path in counting(folder):
             with self._reading(path):
                 if not path.exists():  # of a run that has not ended
                     continue

@@ -15,8 +15,9 @@ from fedsb.privacy.mechanism import basis_releases, delta_of, mechanism_of
 from fedsb.report.charts import Line, bars, lines, matrix
 from fedsb.report.cores import Cores, cores_of
 from fedsb.report.page import Page, Part, State, table_of
+from fedsb.report.tally import counting
 from fedsb.report.units import human_bytes, human_seconds
-from fedsb.store.files import read_events
+from fedsb.store.files import read_events, read_json
 
 Events = Sequence[Mapping[str, Any]]
 KINDS = ("base", "global", "personal")
@@ -40,7 +41,7 @@ def run_page(folder: Path) -> Page:
         state,
         verdict,
         because,
-        _facts(config, events, history, scores),
+        _facts(config, history, scores, _moved(folder)),
         [part for part in _parts(config, events, history, scores, cores) if part is not None],
     )
 
@@ -64,7 +65,8 @@ def _judged(
     base, best = _mean(scores["base"]), _mean(scores["personal"]) or _mean(scores["global"])
     gained = f"Exact match went from {base:.3f} to {best:.3f}." if base is not None and best is not None else ""
     told = " ".join(filter(None, [gained, _sentence(troubles)]))
-    if not all(map(math.isfinite, losses)):
+    withheld = config.privacy.unit != "none" or config.privacy.secure_sum
+    if not withheld and len(losses) < done:  # what is no number stands there as null
         return "bad", "It diverged.", f"The loss is no number any more; lower train.learning_rate. {told}"
     if not ended:
         return "fair", f"{done} of {planned} rounds are done.", f"It is under way, or was stopped. {told}"
@@ -86,16 +88,27 @@ def _mean(scores: Mapping[str, Mapping[str, Any]]) -> float | None:
     return fmean(found) if found else None
 
 
-def _facts(config: RunConfig, events: Events, history: Events, scores: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
-    up, down = (sum(event[way] for event in [*history, *_of(events, "personalised")]) for way in ("up", "down"))
-    sent = sum(event["bytes"] for event in _of(events, "basis") if event["sent"]) * config.federation.clients
+def _moved(folder: Path) -> Mapping[str, int] | None:
+    """All bytes that a run has moved, as its summary.json counts them, or up to its last checkpoint; None before the first."""
+    for path in counting(folder):
+        if path.exists():
+            content = read_json(path)
+            found: Mapping[str, int] = content.get("progress", content)["bytes"]
+            return found
+    return None
+
+
+def _facts(
+    config: RunConfig, history: Events, scores: Mapping[str, Mapping[str, Any]], moved: Mapping[str, int] | None
+) -> list[tuple[str, str]]:
     facts = [("rounds", f"{len(history)} of {config.federation.rounds}")]
     if history and history[-1]["loss"] is not None:
         facts.append(("training loss", f"{history[-1]['loss']:.3f}"))
     for kind in KINDS:
         if (mean := _mean(scores[kind])) is not None:
             facts.append((f"exact match, {kind}", f"{mean:.3f}"))
-    facts += [("up", human_bytes(up)), ("down", human_bytes(down)), ("basis, sent", human_bytes(sent))]
+    if moved:
+        facts += [(name, human_bytes(moved[key])) for name, key in (("up", "up"), ("down", "down"), ("for the basis", "basis"))]
     errors = [event["aggregation_error"] for event in history if event["aggregation_error"] is not None]
     if errors:
         facts.append(("aggregation error", f"{max(errors):.1e}"))

@@ -32,6 +32,13 @@ class LastRound:
     seconds: float
 
 
+def counting(folder: Path) -> list[Path]:
+    """The files of a run that count what it has moved (`bytes`, of a checkpoint within `progress`), newest first: its
+    summary.json, which need not be there yet, and its checkpoints'."""
+    rounds = sorted(folder.glob("checkpoints/round-*/round.json"), key=lambda path: (len(path.parent.name), path.parent.name))
+    return [folder / "summary.json", *reversed(rounds)]
+
+
 class Tally:
     """The sums over a run's events.
 

@@ -15,9 +15,10 @@ import torch
 from fedsb.report.charts import Line, lines
 from fedsb.report.cores import cores_of
 from fedsb.report.run_page import run_page
+from fedsb.report.units import human_bytes
 from fedsb.store import adapters
 from fedsb.store.adapters import CORE_FILE
-from fedsb.store.files import read_events
+from fedsb.store.files import read_events, read_json
 from tests.cli.front_door import complaint, printed
 from tests.federation.tiny import config_of, federate, save_model, save_task, table
 
@@ -85,6 +86,22 @@ def test_a_run_says_how_it_went_and_loads_nothing(run: Path, capsys: pytest.Capt
         assert title in page.text
 
 
+def test_bytes_are_those_of_the_summary_and_before_it_those_of_the_last_checkpoint(run: Path) -> None:
+    def told() -> dict[str, str]:
+        return {name: value for name, value in run_page(run).facts if name in ("up", "down", "for the basis")}
+
+    def named(moved: dict[str, int]) -> dict[str, str]:
+        return {name: human_bytes(moved[key]) for name, key in (("up", "up"), ("down", "down"), ("for the basis", "basis"))}
+
+    whole = read_json(run / "summary.json")["bytes"]
+    assert told() == named(whole)
+    (run / "summary.json").unlink()
+    last = read_json(run / "checkpoints/round-0003/round.json")["progress"]["bytes"]
+    assert told() == named(last) and last["down"] < whole["down"]
+    shutil.rmtree(run / "checkpoints")
+    assert told() == {}
+
+
 def test_likeness_and_spectrum_are_those_of_the_adapters(run: Path) -> None:
     found = cores_of(run / "adapters")
     first, second, *_ = [each.numbers for each in found.stored.values()]
@@ -105,7 +122,7 @@ def test_likeness_and_spectrum_are_those_of_the_adapters(run: Path) -> None:
             "bad",
             "It did not learn.",
         ),
-        (lambda events: [e | {"loss": float("nan")} if e["event"] == "round" else e for e in events], "bad", "It diverged."),
+        (lambda events: [e | {"loss": None} if e.get("round") == 3 else e for e in events], "bad", "It diverged."),
         (lambda events: [], "fair", "0 of 3 rounds are done."),
     ],
 )
