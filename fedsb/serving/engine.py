@@ -123,7 +123,7 @@ class Engine:
         )
         self._manager.output_router = _Router(self)
         processor = self._manager._create_batch_processor()
-        self._table: Tensor = model.get_input_embeddings().weight
+        self._table: Tensor = model.get_input_embeddings().weight.detach()
         self._largest = MAGNITUDE * float(self._table.abs().max())
         self._embedding = SoftEmbedding(model.get_input_embeddings())
         model.set_input_embeddings(self._embedding)

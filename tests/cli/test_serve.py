@@ -36,7 +36,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_serves_until_it_is_told_to_end(run: Path, sign: signal.Signals, options: tuple[str, ...]) -> None:
     command = [sys.executable, "-m", "fedsb.cli.main", "serve", str(run), "--port", "0", "--threads", "1", "--name", "tiny"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs the suite in the background
+    try:
+        process = subprocess.Popen(
+            [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
