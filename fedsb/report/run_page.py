@@ -18,6 +18,9 @@ from fedsb.report.page import Page, Part, State, table_of
 from fedsb.report.tally import counting
 from fedsb.report.units import human_bytes, human_seconds
 from fedsb.store.files import read_events, read_json
+from fedsb.store.ledger import NAME as LEDGER
+from fedsb.store.ledger import Ledger
+from fedsb.store.ledger import spent as spent_on
 
 Events = Sequence[Mapping[str, Any]]
 KINDS = ("base", "global", "personal")
@@ -42,7 +45,7 @@ def run_page(folder: Path) -> Page:
         verdict,
         because,
         _facts(config, history, scores, _moved(folder)),
-        [part for part in _parts(config, events, history, scores, cores) if part is not None],
+        [part for part in _parts(folder, config, events, history, scores, cores) if part is not None],
     )
 
 
@@ -127,8 +130,25 @@ def _spent(config: RunConfig, history: Events) -> list[tuple[float, float]]:
     return [(event["round"], epsilon([*basis, mechanism.release(event["round"])], delta).best) for event in history]
 
 
+def _privacy(folder: Path, config: RunConfig, history: Events) -> Part | None:
+    """ε by round: of clients as the server knows it; of records by the ledgers of sites, which are here after a simulation."""
+    if spent := _spent(config, history):
+        return Part("Privacy spent", lines([Line("ε", spent, main=True)], "round", "ε", zero=True), "So far; it never goes down.")
+    found = []
+    for path in sorted(folder.glob(f"sites/*/{LEDGER}"))[:MANY]:
+        entries = [entry for entry in Ledger(path, path.parent.name).entries() if entry.config == config.digest()]
+        delta = 1 / max(2, *(entry.records for entry in entries)) if entries else 1.0
+        rounds = sorted({entry.round for entry in entries})
+        until = [(r, spent_on([entry for entry in entries if entry.round <= r], delta).best) for r in rounds]
+        found.append(Line(path.parent.name, until, main=True))
+    note = (
+        "Of this run, by each site's own ledger, at δ of one over its records. 0 is the basis; the last has the personal adapter."
+    )
+    return Part("Privacy spent", lines(found, "round", "ε", zero=True), note) if found else None
+
+
 def _parts(
-    config: RunConfig, events: Events, history: Events, scores: Mapping[str, Mapping[str, Any]], cores: Cores
+    folder: Path, config: RunConfig, events: Events, history: Events, scores: Mapping[str, Mapping[str, Any]], cores: Cores
 ) -> list[Part | None]:
     return [
         _loss(events, history),
@@ -143,9 +163,7 @@ def _parts(
             ),
             "What all clients sent and were sent, round by round.",
         ),
-        Part("Privacy spent", lines([Line("ε", spent, main=True)], "round", "ε", zero=True), "So far; it never goes down.")
-        if (spent := _spent(config, history))
-        else None,
+        _privacy(folder, config, history),
         _alike(cores),
         _spectrum(cores),
         _norms(cores),

@@ -102,6 +102,24 @@ def test_bytes_are_those_of_the_summary_and_before_it_those_of_the_last_checkpoi
     assert told() == {}
 
 
+def test_what_records_have_cost_is_what_the_ledgers_of_a_simulation_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, task = save_model(tmp_path / "model"), save_task(tmp_path / "task")
+    private = {"unit": "record", "epsilon": 20.0, "clip_norm": 0.5}
+    config = config_of(
+        table(source, task, privacy=private, federation={"weighting": "uniform", "rounds": 2}, data={"partition": "iid"})
+    )
+    federate(config, tmp_path / "run")
+    (part,) = [part for part in run_page(tmp_path / "run").parts if part.title == "Privacy spent"]
+    told = json.loads(printed(capsys, "privacy", "ledger", str(tmp_path / "run"), "--json"))
+    for client in told["clients"]:
+        assert client["client"] in part.body and f"{client['epsilon']:.4g}" in part.body
+    for path in (tmp_path / "run").glob("sites/*/ledger.jsonl"):  # as after a run on real sites
+        path.unlink()
+    assert "Privacy spent" not in [part.title for part in run_page(tmp_path / "run").parts]
+
+
 def test_likeness_and_spectrum_are_those_of_the_adapters(run: Path) -> None:
     found = cores_of(run / "adapters")
     first, second, *_ = [each.numbers for each in found.stored.values()]
