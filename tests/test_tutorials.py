@@ -63,10 +63,14 @@ def test_a_tutorial_does_what_it_says(path: Path, clone: Path) -> None:
         "OMP_NUM_THREADS": "1",
     }
     out = clone / "printed"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs the suite in the background
     with out.open("w") as file:
-        process = subprocess.Popen(
-            ["bash", "-c", script], cwd=clone, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        try:
+            process = subprocess.Popen(
+                ["bash", "-c", script], cwd=clone, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        finally:
+            signal.signal(signal.SIGINT, before)
         try:
             code = process.wait(SECONDS)
         finally:
