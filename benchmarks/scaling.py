@@ -112,8 +112,9 @@ def client_bytes(model: Decoder, rank: int, width: int, tokens: int) -> dict[str
 
 
 def server_bytes(model: Decoder, rank: int) -> int:
-    """Memory of the server's mean: a sum in fp64, a reply and the state in fp32, however many clients there are."""
-    return (8 + 4 + 4) * core_numbers(model, rank)
+    """Memory of the server's mean, however many clients there are: the sum and its quotient in fp64, the mean, the last reply
+    and the state that was sent in fp32. Replies that are ready at one look come besides."""
+    return (8 + 8 + 4 + 4 + 4) * core_numbers(model, rank)
 
 
 def models_table(rank: int = 64) -> list[str]:

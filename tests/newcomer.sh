@@ -15,19 +15,22 @@ fi
 
 make demo | tee demo.log
 grep -q "^personal adapters: runs/demo/adapters" demo.log
-python3 - demo.log README.md <<'END'
-"""What the README shows of the demo is what the demo printed, but for numbers; and the clients have learned."""
+PYTHONPATH=. .venv/bin/python - demo.log README.md <<'END'
+"""What the README shows of the demo is what the demo printed, and the clients have learned."""
 import re
 import sys
 
+from tests.test_tutorials import plain
+
 printed, readme = (open(path, encoding="utf-8").read() for path in sys.argv[1:])
-plain = lambda line: " ".join(re.sub(r"(?:# min )?# s\b", "TIME", re.sub(r"\b[0-9a-f]{12}\b|\d+(?:[.,]\d+)*(?:e[+-]?\d+)?", "#", line)).split())
 lines = {plain(line) for line in printed.splitlines()}
 shown = readme.split("The demo prints\n\n```\n")[1].split("```")[0].splitlines()
-missing = [line for line in shown if line != "…" and plain(line) not in lines]
-sys.exit(f"the README shows what the demo did not print: {missing}") if missing else None
-base, _, match, *_ = (float(x) for x in re.findall(r"\d\.\d+", next(line for line in printed.splitlines() if line.startswith("│ mean"))))
-sys.exit(f"the demo did not learn: {base} before, {match} after") if match < base + 0.3 else None
+if missing := [line for line in shown if line != "…" and plain(line) not in lines]:
+    sys.exit(f"the README shows what the demo did not print: {missing}")
+mean = next(line for line in printed.splitlines() if line.startswith("│ mean"))
+base, _, match, *_ = map(float, re.findall(r"\d\.\d+", mean))
+if match < base + 0.3:
+    sys.exit(f"the demo did not learn: {base} before, {match} after")
 END
 rm demo.log
 

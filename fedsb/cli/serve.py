@@ -1,5 +1,6 @@
 """`fedsb serve`: adapters of many tenants behind one model, by OpenAI's HTTP interface."""
 
+import contextlib
 import ipaddress
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -67,19 +68,24 @@ def serve(
             raise ConfigError(f"{store}: there is no such folder; name the folder of a run, its adapters, or a pack")
     if threads:
         torch.set_num_threads(threads)
-    source, screen = locate(model_of(stores, model)), ServeScreen(json_=json_, quiet=quiet)
-    screen.loading(source.name)
+    source = locate(model_of(stores, model))
     told: Literal["auto", "bf16", "fp32"] = dtype  # type: ignore[assignment]
     place = device_of(device)
     section = ModelSection.model_validate({"source": source.name, "dtype": told})
-    base, tokenizer = load_model(source, section, None, place, fewer), load_tokenizer(source)
-    bank = Bank(capacity + 1, WIDTHS[adapter_dtype] if adapter_dtype in WIDTHS else cast(torch.dtype, base.dtype), place)
-    mix(base, bank)
-    tenants = Tenants([source_of(store, source.sha256, bank.layers) for store in stores], bank)
-    tenants.names()  # so that a folder that is no store is told now
-    engine = Engine(base, bank, Limits(requests, step_tokens, cache_tokens, waiting))
-    called = name or Path(source.name).name
-    service = Service(called, tokenizer, engine, tenants, known_keys, Bounds(answer=answer_tokens))
+    with contextlib.closing(ServeScreen(json_=json_, quiet=quiet)) as screen:
+        screen.loading(source.name)
+        base, tokenizer = load_model(source, section, None, place, fewer), load_tokenizer(source)
+        bank = Bank(capacity + 1, WIDTHS[adapter_dtype] if adapter_dtype in WIDTHS else cast(torch.dtype, base.dtype), place)
+        mix(base, bank)
+        tenants = Tenants([source_of(store, source.sha256, bank.layers) for store in stores], bank)
+        tenants.names()  # so that a folder that is no store is told now
+        engine = Engine(base, bank, Limits(requests, step_tokens, cache_tokens, waiting))
+        called = name or Path(source.name).name
+        _run(Service(called, tokenizer, engine, tenants, known_keys, Bounds(answer=answer_tokens)), screen, host, port)
+
+
+def _run(service: Service, screen: ServeScreen, host: str, port: int) -> None:
+    """Serve until told to end."""
 
     async def look() -> None:
         screen.look(service)
@@ -91,10 +97,10 @@ def serve(
     except SystemExit:
         raise DeployError(f"cannot listen on {host}, port {port}; choose another --host or --port") from None
     except KeyboardInterrupt:
-        stopped("requests at work have been answered; the same command serves again")
+        at_work = "were cut off" if server.force_exit else "have been answered"  # at a second Ctrl-C
+        stopped(f"requests at work {at_work}; the same command serves again")
     finally:
-        screen.close()
-        engine.close()
+        service.engine.close()
 
 
 class _Server(uvicorn.Server):

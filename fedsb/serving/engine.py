@@ -124,7 +124,7 @@ class Engine:
         self._manager.output_router = _Router(self)
         processor = self._manager._create_batch_processor()
         self._table: Tensor = model.get_input_embeddings().weight.detach()
-        self._largest = MAGNITUDE * float(self._table.abs().max())
+        self._largest = MAGNITUDE * max(abs(float(end)) for end in torch.aminmax(self._table))
         self._embedding = SoftEmbedding(model.get_input_embeddings())
         model.set_input_embeddings(self._embedding)
         self._head = model.get_output_embeddings()
